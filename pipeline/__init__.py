@@ -1,0 +1,1 @@
+"""How a round's data is made, kept and judged: plain functions over files, and the command line."""

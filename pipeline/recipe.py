@@ -1,0 +1,262 @@
+"""A recipe: everything that decides what a round does, as one frozen, typed tree.
+
+Recipes are YAML; the named ones lie in `pipeline/recipes/`. A value can be replaced on the
+command line with `--set key.path=value`. Whatever is wrong is said in one line before anything starts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.errors import RequestError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+Positive = Annotated[int, Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0)]
+DType = Literal["float32", "bfloat16"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
+
+
+class ColdStart(_Part):
+    """Supervised start of the embedded policy: a small Qwen3 made from nothing, mediocre on purpose."""
+
+    steps: Positive = 650
+    batch_size: Positive = 32
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] = 3e-3
+    wrong_share: Annotated[float, Field(ge=0, lt=1)] = 0.4
+    """Share of training traces whose answer is wrong: what keeps pass@1 low and pass@16 high."""
+    examples: Positive = 20_000
+    vocabulary: Annotated[int, Field(ge=300)] = 384
+    hidden: Positive = 128
+    layers: Positive = 4
+    heads: Positive = 4
+    kv_heads: Positive = 2
+    head_dim: Positive = 32
+    mlp: Positive = 384
+
+
+class Policy(_Part):
+    """Where the first snapshot comes from: exactly one of the two."""
+
+    model: str | None = None
+    """A folder in Hugging Face format, or a Hub id."""
+    cold_start: ColdStart | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Policy:
+        if (self.model is None) == (self.cold_start is None):
+            raise ValueError("give exactly one of policy.model and policy.cold_start")
+        return self
+
+
+class Prompts(_Part):
+    train: str = "tiny"
+    """`tiny` (generated), or a JSONL or Parquet file."""
+    heldout: str | None = "tiny"
+    """As `train`; null: a share of the training file is held out, by prompt."""
+    per_round: Positive = 256
+    """Training prompts of a round; each round takes the next ones, shuffled by the seed."""
+    heldout_count: Positive = 128
+
+
+class Generation(_Part):
+    samples: Annotated[int, Field(ge=2)] = 8
+    """Completions a prompt (G, the group)."""
+    temperature: Annotated[float, Field(gt=0, le=10)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """0 keeps the whole vocabulary."""
+    max_tokens: Positive = 64
+    max_model_len: Positive = 256
+    dtype: DType = "bfloat16"
+    max_num_seqs: Positive = 256
+    """Sequences the engine decodes at once."""
+    kv_cache_gib: Annotated[float, Field(gt=0)] = 1.0
+    """Key-value cache on a CPU, in GiB."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    tensor_parallel: Positive = 1
+    enforce_eager: bool = False
+    shard_rows: Positive = 4096
+    """Rows of a shard; a shard is what a crash can lose."""
+
+
+class Verification(_Part):
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Worker processes; 0: one a core."""
+    math_timeout_s: Seconds = 5.0
+    code_timeout_s: Seconds = 4.0
+    """Wall-clock seconds of one test."""
+    code_memory_mib: Annotated[int, Field(ge=64)] = 512
+    code_output_kib: Positive = 1024
+    run_all_tests: bool = False
+    """False stops at the first failing test."""
+    isolation: Literal["bubblewrap", "process"] = "bubblewrap"
+    """`process` admits plain child processes with limits where namespaces can't be had; recorded on each verdict."""
+
+
+class Learning(_Part):
+    loss: Literal["oapl"] = "oapl"
+    beta1: Annotated[float, Field(gt=0)] = 1.0
+    """Temperature of the value estimate V(x): towards 0 the group's best reward, towards infinity its mean."""
+    beta2: Annotated[float, Field(gt=0)] = 0.2
+    """Scale of the log-ratio in the loss; the regression target is (r - V) / beta2 nats."""
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] = 1.5e-4
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    final_learning_rate: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Where linear and cosine end, as a share of `learning_rate`."""
+    horizon_rounds: Annotated[int, Field(ge=0)] = 1
+    """Rounds over which the schedule runs; 0: it starts anew with each round."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    """Largest global gradient norm."""
+    epochs: Positive = 2
+    batch_size: Positive = 32
+    """Sequences an optimizer step, over all ranks."""
+    micro_batch_size: Positive = 32
+    """Sequences a forward pass on one rank."""
+    keep_optimizer: bool = True
+    """Carry Adam's moments from round to round."""
+    drop_uniform_groups: bool = True
+    """Leave out groups whose rewards are all equal; they stay in the dataset."""
+    behaviour: Literal["engine", "recomputed"] = "engine"
+    """Whose log-probabilities stand for the behaviour policy."""
+    max_logprob_gap: Annotated[float, Field(gt=0)] = 0.05
+    """Largest admitted |mean(recomputed - engine)| in nats a token, measured before learning."""
+    ranks: Positive = 1
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
+    dtype: DType = "float32"
+    checkpoint_every: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps between checkpoints; 0: none within a round."""
+
+    @model_validator(mode="after")
+    def _splits(self) -> Learning:
+        if self.batch_size % self.ranks:
+            raise ValueError(f"batch_size {self.batch_size} must be a multiple of ranks {self.ranks}")
+        return self
+
+
+class Evaluation(_Part):
+    samples: Positive = 16
+    ks: tuple[Positive, ...] = (1, 8, 16)
+    temperature: Annotated[float, Field(gt=0, le=10)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+    @model_validator(mode="after")
+    def _enough(self) -> Evaluation:
+        if max(self.ks) > self.samples:
+            raise ValueError(f"pass@{max(self.ks)} needs at least {max(self.ks)} samples, not {self.samples}")
+        return self
+
+
+class Recipe(_Part):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Also the name of the run's folder."""
+    description: str = ""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    rounds: Positive = 1
+    policy: Policy
+    prompts: Prompts = Prompts()
+    generation: Generation = Generation()
+    verification: Verification = Verification()
+    learning: Learning = Learning()
+    evaluation: Evaluation = Evaluation()
+
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON: two recipes with one digest do the same."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+    def save(self, path: Path) -> None:
+        """Writes every value, defaults included, so that the file means the same in later versions."""
+        text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        path.write_text(text, encoding="utf-8")
+
+
+def named_recipes() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load_recipe(name_or_file: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of that name or file, with `key.path=value` overrides applied.
+
+    Raises RequestError in one line: which recipe, which key, what was expected.
+    """
+    path = Path(name_or_file)
+    if path.suffix not in (".yaml", ".yml"):
+        path = RECIPES / f"{name_or_file}.yaml"
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        known = ", ".join(named_recipes())
+        raise RequestError(f"no recipe {name_or_file!r}; give a .yaml file or one of: {known}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RequestError(f"recipe {path}: can't be read as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise RequestError(f"recipe {path}: expected a mapping of settings at the top")
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise RequestError(f"recipe {name_or_file}: {_first_problem(error)}") from None
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    *folders, leaf = key.strip().split(".")
+    if not equals or not leaf:
+        raise RequestError(f"--set {override!r}: expected key.path=value, such as learning.beta2=0.1")
+    for folder in folders:
+        tree = tree.setdefault(folder, {}) if isinstance(tree.get(folder, {}), dict) else {}
+    try:
+        tree[leaf] = _number_or_text(yaml.safe_load(value))
+    except yaml.YAMLError:
+        raise RequestError(f"--set {override!r}: the value is not YAML; quote it") from None
+
+
+def _number_or_text(value: Any) -> Any:
+    """YAML 1.1 reads `1e-4` as text; people mean the number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _first_problem(error: ValidationError) -> str:
+    problems = error.errors()
+    first = problems[0]
+    where = ".".join(str(part) for part in first["loc"]) or "settings"
+    message = first["msg"].removeprefix("Value error, ")
+    given = "" if first["type"] in ("missing", "value_error") else f", not {first['input']!r}"
+    if first["type"] == "extra_forbidden":
+        message, given = "no such setting", ""
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{where}: {message[0].lower()}{message[1:]}{given}{more}"
+
+
+def differences(old: Recipe, new: Recipe) -> list[str]:
+    """`key: old -> new` for each setting that differs, in the recipe's order."""
+    return _differ(old.model_dump(mode="json"), new.model_dump(mode="json"), "")
+
+
+def _differ(old: Any, new: Any, where: str) -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(key for key in new if key not in old)]
+        return [line for key in keys for line in _differ(old.get(key), new.get(key), f"{where}.{key}" if where else key)]
+    return [] if old == new else [f"{where}: {old} -> {new}"]

@@ -1,0 +1,1 @@
+"""Rollout datasets: their schema, their store, and how they travel."""

@@ -1,0 +1,1 @@
+"""How a policy learns: torch and DeepSpeed, in a process of its own."""
