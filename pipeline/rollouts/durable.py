@@ -62,6 +62,7 @@ def sha256_file(path: Path) -> str:
 
 _REASONS = {
     errno.ENOSPC: "no space left on the disk; free some and run the command again",
+    errno.ENOENT: "the folder is gone; mount or make it again",
     errno.EDQUOT: "the disk quota is used up; free some and run the command again",
     errno.EROFS: "the file system is mounted read-only; remount it or choose another folder",
     errno.EACCES: "permission denied; choose a folder that may be written",
@@ -100,7 +101,7 @@ class FolderLock:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / ".lock"
-        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -115,8 +116,7 @@ class FolderLock:
         _locks.add(self)
         # Who holds it is a courtesy to the refused; on a full disk the lock must work without.
         with contextlib.suppress(OSError):
-            os.ftruncate(self._descriptor, 0)
-            os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
+            self.path.write_text(f"{os.getpid()}\n")
 
     def drop(self) -> None:
         """Closes this process's copy of the lock's descriptor."""

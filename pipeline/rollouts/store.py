@@ -288,10 +288,16 @@ class RolloutWriter:
             self._lock = durable.FolderLock(self.folder)
         try:
             with durable.told_in_one_line(self.folder):
+                self._opened = self._identity()
                 self.manifest = self._open()
         except BaseException:
             self._lock.release()
             raise
+
+    def _identity(self) -> tuple[int, int]:
+        """Device and inode: after an unmount the path leads to the empty mount point, where a shard would be lost."""
+        status = self.folder.stat()
+        return status.st_dev, status.st_ino
 
     def _open(self) -> Manifest:
         """The manifest to go on from: the one that is there, or a new and empty one."""
@@ -364,6 +370,8 @@ class RolloutWriter:
         if not self._buffer or self._broken:
             return
         try:
+            if self._identity() != self._opened:
+                raise FileNotFoundError("the folder is not the one that was opened: was it unmounted or replaced?")
             number = 1 + max((int(shard.file[5:-8]) for shard in self.manifest.shards), default=-1)
             shard = write_shard(self.folder / f"part-{number:05d}.parquet", self._buffer, self._provenance)
             manifest = self.manifest.with_shard(shard)
