@@ -6,7 +6,12 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.prompts import Prompt, write_prompts
 from pipeline.rollouts import schema
+from pipeline.rollouts.locate import Located, locate
 from pipeline.rollouts.schema import Rollout
 from pipeline.rollouts.store import Manifest, Provenance, RolloutWriter, read_manifest
 
@@ -79,3 +84,44 @@ def write(folder: Path, count: int = 20, shard_rows: int = 16, **shape: int) -> 
         for rows in groups(count, **shape):
             writer.add_group(rows)
     return read_manifest(folder)
+
+
+def prompt(number: int) -> Prompt:
+    task, answer, tests = (
+        ("math", str(number), None) if number % 3 else ("code", None, '{"inputs": ["1"], "outputs": ["1"]}')
+    )
+    messages = (("system", "Think."), ("user", f"question {number}"))
+    return Prompt(prompt_name(number), task, f"source-{number % 2}", "train", messages, answer, tests)
+
+
+STATUS_OF = ("correct", "wrong", "no_answer", "bad_reference")
+REWARDS = {"correct": 1.0, "wrong": 0.0, "no_answer": 0.0, "bad_reference": None}
+
+
+def verdict(number: int, rollout: Rollout) -> dict[str, object]:
+    """Prompts 0, 4, 8, ... are all right, 1, 5, ... all wrong; the rest are mixed, some of them unscorable."""
+    status = STATUS_OF[number % 4] if number % 4 < 2 else STATUS_OF[(rollout.sample + number) % 4]
+    return {
+        "rollout_id": rollout.rollout_id,
+        "verifier": "math",
+        "verifier_version": "1.0",
+        "status": status,
+        "reward": REWARDS[status],
+        "detail": f"{status} of prompt {number}",
+        "wall_ms": 1.5,
+        "isolation": "none",
+    }
+
+
+def write_verdicts(path: Path, rows: list[dict[str, object]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema.VERDICTS), path)
+
+
+def dataset(folder: Path, count: int = 20, shard_rows: int = 16, **shape: int) -> Located:
+    """What `oapl generate --out` leaves, scored: rollouts, prompts and verdicts of `count` groups."""
+    write(folder, count, shard_rows, **shape)
+    write_prompts(folder / "prompts.parquet", (prompt(number) for number in range(count)))
+    rows = [verdict(number, rollout) for number, rows in enumerate(groups(count, **shape)) for rollout in rows]
+    write_verdicts(folder / "verdicts" / "math-1.0.parquet", rows)
+    return locate(folder)
