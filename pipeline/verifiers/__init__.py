@@ -10,14 +10,15 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from pipeline.errors import RequestError
-from pipeline.verifiers.cases import Case, Outcome, Verdict, Verifier
+from pipeline.verifiers.cases import Case, Completion, Outcome, Reference, Verdict, Verifier
 from pipeline.verifiers.code import CODE
+from pipeline.verifiers.custom import load_custom
 from pipeline.verifiers.math import MATH
 
 if TYPE_CHECKING:
     from pipeline.recipe import Verification
 
-__all__ = ["VERIFIERS", "Case", "Outcome", "Verdict", "Verifier", "find_verifier", "judge"]
+__all__ = ["VERIFIERS", "Case", "Completion", "Outcome", "Reference", "Verdict", "Verifier", "find_verifier", "judge"]
 
 VERIFIERS: dict[str, Verifier] = {"math": MATH, "code": CODE}
 """The built-in verifiers, by the task they judge."""
@@ -25,11 +26,16 @@ VERIFIERS: dict[str, Verifier] = {"math": MATH, "code": CODE}
 
 @functools.lru_cache(maxsize=64)
 def find_verifier(task: str) -> Verifier:
-    """The verifier of a task: a key of VERIFIERS. Raises RequestError for any other."""
+    """The verifier of a task: a key of VERIFIERS, or one's own as `module:function` (see custom.py).
+
+    Raises RequestError for any other.
+    """
     if task in VERIFIERS:
         return VERIFIERS[task]
+    if ":" in task:
+        return load_custom(task)
     known = ", ".join(VERIFIERS)
-    raise RequestError(f"no verifier {task!r}; known: {known}")
+    raise RequestError(f"no verifier {task!r}; known: {known}; one's own is named module:function")
 
 
 def judge(cases: Iterable[Case], settings: Verification) -> Iterator[Verdict]:

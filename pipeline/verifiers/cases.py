@@ -60,6 +60,22 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
+class Completion:
+    """What a verifier of one's own judges."""
+
+    id: str
+    response: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What it is judged by, as the prompt file has it."""
+
+    answer: str | None
+    tests: str | dict[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
 class Share:
     """Cases with one key get one verdict: what is handed to the worker in place of the whole case."""
 
