@@ -21,7 +21,7 @@ _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000
 
 def tables_of(folder: Path) -> dict[str, list[Path]]:
     """The dataset's tables that are there, and the files of each, in order."""
-    files = {name: sorted((folder / name).glob("*.parquet")) for name in TABLES}
+    files = {name: sorted((folder / name).glob("[!.]*.parquet")) for name in TABLES}
     return {name: paths for name, paths in files.items() if paths}
 
 

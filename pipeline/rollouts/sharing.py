@@ -124,8 +124,12 @@ def describe(folder: Path, licence: str, title: str | None) -> dict[str, Any]:
 
 
 def write_sums(folder: Path) -> None:
-    """Writes SHA256SUMS, in the form that `sha256sum -c` reads."""
+    """Writes SHA256SUMS, in the form that `sha256sum -c` reads; verdict files last, the newest at the end."""
+    from pipeline.rollouts.tables import verdict_files
+
+    verdicts = [path.relative_to(folder).as_posix() for path in verdict_files(folder / VERDICTS)]
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    names = [*(name for name in names if name not in verdicts), *verdicts]
     lines = [f"{durable.sha256_file(folder / name)}  {name}\n" for name in names if name != SUMS]
     (folder / SUMS).write_text("".join(lines))
 
@@ -149,6 +153,8 @@ def import_dataset(source: str, out: Path, *, replace: bool = False) -> int:
     Everything is verified before `out` appears: each file's checksum, then what `validate` looks at. With `replace`
     an `out` that holds the same dataset already is left as it is. Raises RequestError or WorkError in one line.
     """
+    from pipeline.rollouts.tables import keep_order
+
     out = Path(out)
     with reading(source) as (read, where):
         sums_bytes = b"".join(read(SUMS))
@@ -160,6 +166,9 @@ def import_dataset(source: str, out: Path, *, replace: bool = False) -> int:
             for name, expected in sums.items():
                 _fetch(read(name), folder / name, expected, f"{where}/{name}")
             (folder / SUMS).write_bytes(sums_bytes)
+            keep_order(
+                [folder / name for name in sums if name.startswith(f"{VERDICTS}/") and name.endswith(".parquet")]
+            )
             return verified(folder, where)
 
 
@@ -240,7 +249,7 @@ def push_dataset(folder: Path, to: str) -> int:
 
 def _copy(source: Path, target: Path) -> int:
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
+    shutil.copy2(source, target)  # with its time of change, which orders verdict files
     return target.stat().st_size
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,12 +83,17 @@ UNKNOWN_PROMPT = PromptFacts("unknown", "unknown", "unknown")
 
 
 def verdict_files(folder: Path | None) -> list[Path]:
-    """Verdict files of a round, later verifier versions last: a later verdict of a rollout stands."""
-    return (
-        []
-        if folder is None
-        else sorted(folder.glob("*.parquet"), key=lambda path: (path.stat().st_mtime_ns, path.name))
-    )
+    """Verdict files of a round, newest last: of several verdicts of a rollout the newest file's stands."""
+    if folder is None:
+        return []
+    return sorted(folder.glob("[!.]*.parquet"), key=lambda path: (path.stat().st_mtime_ns, path.name))
+
+
+def keep_order(files: Sequence[Path]) -> None:
+    """Gives copies of verdict files, oldest first, times of change in that order."""
+    for number, path in enumerate(files):
+        moment = path.stat().st_mtime_ns + number * 1_000_000
+        os.utime(path, ns=(moment, moment))
 
 
 def verdict_batches(folder: Path | None, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
