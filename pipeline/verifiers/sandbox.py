@@ -32,6 +32,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from pipeline.errors import WorkError
+from pipeline.verifiers.seccomp import seccomp_filter
 
 NOBODY = 65534
 TMP_BYTES = 32 << 20
@@ -232,7 +233,7 @@ def _bubblewrap_command() -> tuple[str, ...]:
     for folder in ("/dev/shm", "/tmp"):
         command += ["--size", str(TMP_BYTES), "--tmpfs", folder]
     command += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/tmp"]
-    command += ["--uid", str(NOBODY), "--gid", str(NOBODY), "--", program]
+    command += ["--uid", str(NOBODY), "--gid", str(NOBODY)]
     return tuple(command)
 
 
@@ -273,7 +274,7 @@ class Sandbox:
         channel = str(passed[1]) if len(passed) > 1 else "-1"
         python = ["-I", "-S", "-B", "-X", "utf8", "-c", _STUB, str(passed[0]), channel]
         if self.alone:
-            command, folder = [*_bubblewrap_command(), *python], "/"
+            command, folder = [*_bubblewrap_command(), *self._filter(passed), "--", str(interpreter()), *python], "/"
         else:
             folder = tempfile.mkdtemp(prefix="oapl-")
             self._stack.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -292,6 +293,18 @@ class Sandbox:
             start_new_session=not self.alone,
             **user,
         )
+
+    def _filter(self, passed: list[int]) -> list[str]:
+        """Option of bwrap that loads the filter of system calls; its descriptor joins `passed`."""
+        program = seccomp_filter()
+        if program is None:
+            return []
+        read, write = os.pipe()
+        os.write(write, program)
+        os.close(write)
+        passed.append(read)
+        self._stack.callback(os.close, read)
+        return ["--seccomp", str(read)]
 
     def __enter__(self) -> Self:
         return self
