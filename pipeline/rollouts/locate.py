@@ -13,6 +13,8 @@ from pipeline.layout import Run
 MANIFEST = "manifest.json"
 ROLLOUTS, PROMPTS, VERDICTS = "rollouts", "prompts/prompts.parquet", "verdicts"
 """Where the tables lie in an exported dataset."""
+EXTRAS = "origin/prompts.parquet"
+"""Of imported data: what its form said of a prompt beyond our columns."""
 
 
 @dataclass(frozen=True, slots=True)

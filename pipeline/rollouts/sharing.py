@@ -24,7 +24,7 @@ from typing import Any
 
 from pipeline.errors import OaplError, RequestError, WorkError
 from pipeline.rollouts import durable
-from pipeline.rollouts.locate import PROMPTS, ROLLOUTS, VERDICTS, Located, is_url, locate
+from pipeline.rollouts.locate import EXTRAS, PROMPTS, ROLLOUTS, VERDICTS, Located, is_url, locate
 from pipeline.rollouts.store import iter_batches, read_manifest
 
 SUMS = "SHA256SUMS"
@@ -87,6 +87,9 @@ def export_dataset(
         copy_prompts(place.prompts, folder / PROMPTS, used)
         if place.verdicts is not None:
             shutil.copytree(place.verdicts, folder / VERDICTS, ignore=shutil.ignore_patterns(".*"))
+        if (place.root / EXTRAS).is_file():
+            (folder / EXTRAS).parent.mkdir()
+            shutil.copyfile(place.root / EXTRAS, folder / EXTRAS)
         return describe(folder, licence, title)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -77,6 +79,32 @@ def prompt_facts(path: Path | None) -> dict[str, PromptFacts]:
             fact = PromptFacts(*words)
             facts[prompt_id] = same.setdefault(fact, fact)
     return facts
+
+
+class PromptShelf:
+    """Whole prompts by id, kept in a temporary file: memory holds ids and places, not messages and tests."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (closed on leaving the context)
+        self._places: dict[str, int] = {}
+        for batch in prompt_batches(path):
+            for row in batch.to_pylist():
+                self._places.setdefault(row["prompt_id"], self._file.tell())
+                self._file.write(json.dumps(row).encode() + b"\n")
+
+    def find(self, prompt_id: str) -> dict[str, Any] | None:
+        """The row of PROMPTS, or None."""
+        if prompt_id not in self._places:
+            return None
+        self._file.seek(self._places[prompt_id])
+        row: dict[str, Any] = json.loads(self._file.readline())
+        return row
+
+    def __enter__(self) -> PromptShelf:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
 
 UNKNOWN_PROMPT = PromptFacts("unknown", "unknown", "unknown")
