@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -100,15 +100,17 @@ class Statistics:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: counters as plain objects, lengths as quantiles."""
-        tree = asdict(self)
+        tree: dict[str, Any] = {}
+        for part in fields(self):
+            value = getattr(self, part.name)
+            tree[part.name] = dict(sorted(value.items())) if isinstance(value, Counter) else value
         tree["lengths"] = {
             "mean": self.tokens / self.rows if self.rows else 0.0,
             **{f"p{round(100 * share)}": self.lengths.quantile(share) for share in (0.05, 0.25, 0.5, 0.75, 0.95)},
             "max": self.lengths.longest,
         }
         tree |= {"tokens": self.tokens, "reward_mean": self.reward_mean, "uniform_rate": self.uniform_rate}
-        tree["logprob_mean"] = self.logprob_mean
-        return {key: dict(value) if isinstance(value, Counter) else value for key, value in tree.items()}
+        return tree | {"logprob_mean": self.logprob_mean}
 
 
 def statistics(place: Located, manifest: Manifest | None = None) -> Statistics:
