@@ -11,14 +11,27 @@ both lines are; results of functions by value, a tuple as a list.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import time
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Any
 
+from pipeline.errors import WorkError
 from pipeline.verifiers.cases import Alive, BadReference, Case, Outcome, Verifier, after_thinking, shorten
-from pipeline.verifiers.sandbox import GRACE_S, START_S, Ended, Limits, OverLimit, Sandbox, SandboxDied, why_refused
+from pipeline.verifiers.sandbox import (
+    GRACE_S,
+    START_S,
+    Ended,
+    Limits,
+    OverLimit,
+    Sandbox,
+    SandboxDied,
+    shares_safely,
+    why_refused,
+)
 from pipeline.verifiers.values import CantCross, dumps, loads
 
 if TYPE_CHECKING:
@@ -199,12 +212,26 @@ def judge(case: Case, settings: Verification, alive: Alive) -> Outcome:
         return Outcome("bad_reference", str(error))
     found = program(case.response)
     assert found is not None, "glance lets no case without a program through"
-    alive(START_S + COMPARE_S)
-    missing = why_refused()
-    if missing is not None and settings.isolation == "bubblewrap":
+    alive(2 * START_S + COMPARE_S)
+    try:
+        return judge_at("bubblewrap", found, tests, settings, alive)
+    except (SandboxDied, OSError, WorkError):
+        # Either this sandbox ended before it answered, or none can be had here: the probe tells.
+        alive(2 * START_S + COMPARE_S)
+        missing = why_refused()
+    if missing is None:
+        return judge_again(found, tests, settings, alive)
+    if settings.isolation == "bubblewrap":
         return Outcome("refused", missing)
-    level = "bubblewrap" if missing is None else "process"
-    return judge_at(level, found, tests, settings, alive)
+    return judge_at("process", found, tests, settings, alive)
+
+
+def judge_again(found: tuple[str, bool], tests: Tests | Check, settings: Verification, alive: Alive) -> Outcome:
+    """After a sandbox that was ended from outside, or by the candidate: only the second time tells."""
+    try:
+        return judge_at("bubblewrap", found, tests, settings, alive)
+    except SandboxDied as error:
+        return Outcome("crashed", f"the sandbox ended: {shorten(str(error), 200)}", "bubblewrap")
 
 
 def judge_at(
@@ -331,10 +358,29 @@ def _raised(answer: bytes) -> str:
     return f"raised {text.partition(chr(10))[2] or text}" if answer[:1] == b"!" else f"returned {text}"
 
 
-class _Conversation:
-    """`check(candidate)`: the test code in one sandbox calls the candidate in another, through us.
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """One of the two that talk: its sandbox, its channel there, and its work."""
 
-    What passes are frames of bounded size; this side reads only their first byte.
+    sandbox: Sandbox
+    channel: socket.socket
+    work: str
+
+    def say(self, frame: bytes, end: float) -> None:
+        self.sandbox.say(self.channel, frame, end)
+
+    def hear(self, end: float, largest: int) -> bytes | None:
+        return self.sandbox.hear(self.channel, end, largest)
+
+    def ended(self) -> Ended:
+        return self.sandbox.finish(self.work)
+
+
+class _Conversation:
+    """`check(candidate)`: the test code in one process calls the candidate in another, through us.
+
+    The two have a sandbox each, or share one where neither can reach into the other. What passes are frames of
+    bounded size; this side reads only their first byte.
     """
 
     def __init__(self, level: str, limits: Limits, alive: Alive) -> None:
@@ -343,33 +389,36 @@ class _Conversation:
 
     def judge(self, code: str, check: Check) -> tuple[str, str, bool]:
         self.alive(2 * START_S + self.limits.seconds + 4 * GRACE_S + COMPARE_S)
-        with (
-            Sandbox(self.level, self.limits, channel=True) as tester,
-            Sandbox(self.level, self.limits, channel=True) as candidate,
-        ):
-            tester.send(("check", check.test))
-            candidate.send(("serve", code, check.entry_point))
-            tester.ready()
-            candidate.ready()
+        with contextlib.ExitStack() as stack:
+            one = self.level == "bubblewrap" and shares_safely()
+            first = stack.enter_context(Sandbox(self.level, self.limits, channels=2 if one else 1))
+            second = first if one else stack.enter_context(Sandbox(self.level, self.limits, channels=1))
+            candidate = _Side(first, first.channels[0], "serve")
+            tester = _Side(second, second.channels[-1], "check")
+            # The candidate is forked before its sandbox hears of the test.
+            first.send(("serve", code, check.entry_point))
+            second.send(("check", check.test, check.entry_point))
+            first.ready()
+            second.ready()
             try:
                 return self._relay(tester, candidate)
             except OverLimit as over:
                 return _OVER[str(over)], f"call {self.calls} took too much {over}", False
 
-    def _relay(self, tester: Sandbox, candidate: Sandbox) -> tuple[str, str, bool]:
+    def _relay(self, tester: _Side, candidate: _Side) -> tuple[str, str, bool]:
         end = time.monotonic() + self.limits.seconds + GRACE_S
         largest = self.limits.output_bytes
         while True:
             frame = tester.hear(end, largest)
             if frame is None:
-                return self._tester_ended(tester)
+                return self._tester_ended(tester.ended())
             if frame[:1] != b"c":
                 return self._verdict(frame)
             self.calls += 1
             candidate.say(frame[1:], end)
             answer = candidate.hear(end, largest)
             if answer is None:
-                return self._candidate_ended(candidate)
+                return self._candidate_ended(candidate.ended())
             tester.say(answer, end)
 
     def _verdict(self, frame: bytes) -> tuple[str, str, bool]:
@@ -380,14 +429,12 @@ class _Conversation:
             return "wrong", f"call {self.calls}: {text}", False
         return "bad_reference", f"tests: {text}", False
 
-    def _tester_ended(self, tester: Sandbox) -> tuple[str, str, bool]:
-        ended = tester.finish()
+    def _tester_ended(self, ended: Ended) -> tuple[str, str, bool]:
         if ended.code is None:
             return "timeout", f"the check took more than {self.limits.seconds:g} s", False
         return "crashed", f"the check ended with {ended.code}: {_last_line(ended.error)}", False
 
-    def _candidate_ended(self, candidate: Sandbox) -> tuple[str, str, bool]:
-        ended = candidate.finish()
+    def _candidate_ended(self, ended: Ended) -> tuple[str, str, bool]:
         if ended.code is None:
             return "timeout", f"took more than {self.limits.seconds:g} s", False
         if ended.result.startswith(b"s"):
@@ -397,16 +444,4 @@ class _Conversation:
         return "wrong", f"call {self.calls}: the program ended with {ended.code}: {_last_line(ended.error)}", False
 
 
-def judge_or_die(case: Case, settings: Verification, alive: Alive) -> Outcome:
-    """As `judge`; a sandbox that ends before it answers is tried again once."""
-    try:
-        return judge(case, settings, alive)
-    except SandboxDied:
-        pass  # killed from outside, or by the candidate: only the second time tells
-    try:
-        return judge(case, settings, alive)
-    except SandboxDied as error:
-        return Outcome("crashed", f"the sandbox ended: {shorten(str(error), 200)}", settings.isolation)
-
-
-CODE = Verifier(name="code", version=version, glance=glance, judge=judge_or_die)
+CODE = Verifier(name="code", version=version, glance=glance, judge=judge)

@@ -7,8 +7,10 @@ goes out is a status line and raw bytes.
 
 Work: ("stdin", code, input)     run the program on that standard input
       ("call", code, name, args)  call the function once; args and result as in values.py
-      ("serve", code, name)       answer calls on the second socket until it closes
-      ("check", test)             run `check(candidate)`, candidate being calls on the second socket
+      ("serve", code, name)       answer calls on a channel until it closes
+      ("check", test, name)       run `check(candidate)`, candidate being calls on a channel
+A candidate and the test that calls it may live in one sandbox: each work takes the next channel, and the candidate
+is forked before the test is heard of.
 """
 
 # ruff: noqa: BLE001  (candidates raise anything at all)
@@ -78,19 +80,16 @@ def become_child(limits: Limits, files: list[int], keep: int | None) -> None:
         os.dup2(source, place)
     os.closerange(len(high), 1 << 16)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     limit_child(limits)
 
 
-def end_all(child: int, alone: bool) -> None:
+def end_all(children: list[int], alone: bool) -> None:
     """Everything that was started is gone when this returns (only in a process namespace of our own)."""
-    try:
-        if alone:
-            os.kill(-1, signal.SIGKILL)
-        else:
-            os.killpg(child, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+    for child in [-1] if alone else children:
+        try:
+            os.kill(-1, signal.SIGKILL) if alone else os.killpg(child, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
     while True:
         try:
             os.waitpid(-1, 0)
@@ -98,14 +97,13 @@ def end_all(child: int, alone: bool) -> None:
             return
 
 
-def wait_child(child: int, seconds: float) -> int | None:
-    """Wait status of the child, or None when the time is over. Orphans of the candidate are reaped."""
-    end = time.monotonic() + seconds
+def wait_child(children: dict[int, Any], end: float) -> tuple[Any, int] | None:
+    """(who ended, its wait status), or None when the time is over. Orphans of the candidate are reaped."""
     while True:
         while True:
             pid, status = os.waitpid(-1, os.WNOHANG)
-            if pid == child:
-                return status
+            if pid in children:
+                return children[pid], status
             if pid == 0:
                 break
         left = end - time.monotonic()
@@ -242,14 +240,14 @@ def remote_candidate(raised: list[BaseException], heard: list[int]) -> Any:
     return candidate
 
 
-def check(test: str) -> None:
+def check(test: str, name: str) -> None:
     """Runs the test code; its last frame is `p` (passed), `f` (failed) or `b` (the test is at fault)."""
     load_values()
     raised: list[BaseException] = []
     heard: list[int] = []
     try:
         program, space = prepare_main(test)
-        space["candidate"] = candidate = remote_candidate(raised, heard)
+        space["candidate"] = space[name] = candidate = remote_candidate(raised, heard)
         exec(program, space)
         function = space["check"]
     except BaseException as error:
@@ -284,7 +282,9 @@ def _failing_line(error: BaseException, test: str) -> str:
 def run_child(work: tuple[Any, ...]) -> None:
     """In the child. Returns or raises like a program would, so that Python ends as it always does."""
     if work[0] == "check":
-        return check(work[1])
+        # SIGINT stays ignored: what shares the sandbox shall not interrupt a test at a place of its choice.
+        return check(work[1], work[2])
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         program, space = prepare_main(work[1])
     except BaseException as error:
@@ -307,19 +307,56 @@ def run_child(work: tuple[Any, ...]) -> None:
     return None
 
 
-def answer(control: int, work: tuple[Any, ...], limits: Limits, child: int, files: list[int], began: float) -> None:
-    status = wait_child(child, limits["seconds"])
-    end_all(child, limits["alone"])
-    milliseconds = int((time.monotonic() - began) * 1000)
-    code = "timeout" if status is None else str(os.waitstatus_to_exitcode(status))
-    out = contents(files[1], limits["output"])
-    error = contents(files[2], 1 << 16)[-2048:]
-    result = contents(files[3], limits["output"])
-    head = f"{code} {milliseconds} {len(out)} {len(error)} {len(result)}\n".encode()
-    write_frame(control, head, out, error, result)
+_COMMON = (
+    "typing", "collections", "re", "itertools", "functools", "heapq", "bisect", "math", "string", "random", "copy",
+    "operator", "datetime", "decimal", "fractions", "statistics", "hashlib", "json",
+)  # fmt: skip
 
 
-def main(control: int, channel: int) -> tuple[Any, ...] | None:
+def import_ahead(text: str) -> None:
+    """Imports what the text names of the common modules, so that each forked child finds it there: `typing` alone
+    costs as much as starting Python."""
+    if "import" in text or text.startswith("class Solution"):
+        for module in _COMMON:
+            if module in text and module not in sys.modules:
+                __import__(module)
+
+
+class Child:
+    """A forked piece of work: who it is in the report, its files, and when it began."""
+
+    def __init__(self, kind: str, pid: int, files: list[int]) -> None:
+        self.kind, self.pid, self.files, self.began = kind, pid, files, time.monotonic()
+
+    def report(self, control: int, status: int | None, limits: Limits) -> None:
+        milliseconds = int((time.monotonic() - self.began) * 1000)
+        code = "timeout" if status is None else str(os.waitstatus_to_exitcode(status))
+        out = contents(self.files[1], limits["output"])
+        error = contents(self.files[2], 1 << 16)[-2048:]
+        result = contents(self.files[3], limits["output"])
+        head = f"{self.kind} {code} {milliseconds} {len(out)} {len(error)} {len(result)}\n".encode()
+        for fd in self.files:
+            os.close(fd)
+        write_frame(control, head, out, error, result)
+
+
+def watch(control: int, children: list[Child], limits: Limits) -> None:
+    """Reports each child when it ends, or when the time is over; leaves nothing of them behind."""
+    end = time.monotonic() + limits["seconds"]
+    while children:
+        ended = wait_child({child.pid: child for child in children}, end)
+        if len(children) == 1 or ended is None:
+            end_all([child.pid for child in children], limits["alone"])
+        if ended is None:
+            for child in children:
+                child.report(control, None, limits)
+            return
+        child, status = ended
+        children.remove(child)
+        child.report(control, status, limits)
+
+
+def main(control: int, channels: list[int]) -> tuple[Any, ...] | None:
     """The first process: takes work until the judge hangs up. Returns the work in a forked child."""
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -329,6 +366,7 @@ def main(control: int, channel: int) -> tuple[Any, ...] | None:
     for name in ("exit", "quit"):  # what `site` adds and honest programs call
         setattr(sys.modules["builtins"], name, quitter(name, "Ctrl-D (i.e. EOF)"))
     write_frame(control, b"ready")
+    children: list[Child] = []
     while True:
         try:
             limits, work = marshal.loads(read_frame(control))
@@ -337,16 +375,17 @@ def main(control: int, channel: int) -> tuple[Any, ...] | None:
         files = [scratch_file(limits["alone"]) for _ in range(4)]  # standard input, output, error; the result
         if work[0] == "stdin":
             os.pwrite(files[0], work[2].encode("utf-8", "surrogateescape"), 0)
-        began = time.monotonic()
-        child = os.fork()
-        if child == 0:
-            become_child(limits, files, channel if work[0] in ("serve", "check") else None)
+        import_ahead(work[1])
+        channel = channels.pop(0) if work[0] in ("serve", "check") else None
+        pid = os.fork()
+        if pid == 0:
+            become_child(limits, files, channel)
             return work  # type: ignore[no-any-return]
-        if work[0] in ("serve", "check"):
+        children.append(Child(work[0], pid, files))
+        if channel is not None:
             os.close(channel)
-        answer(control, work, limits, child, files, began)
-        for fd in files:
-            os.close(fd)
+        if not channels or channel is None:
+            watch(control, children, limits)
 
 
 def end_like_python(code: int) -> None:
@@ -374,7 +413,7 @@ def exit_code(error: SystemExit) -> int:
 
 
 if __name__ == "__main__":
-    _work = main(int(sys.argv[1]), int(sys.argv[2]))
+    _work = main(int(sys.argv[1]), [int(_channel) for _channel in sys.argv[2:]])
     if _work is not None:
         _code = 0
         try:

@@ -135,6 +135,13 @@ HOW_TO = (
 
 
 @functools.cache
+def shares_safely() -> bool:
+    """Whether two processes of one sandbox can't reach into each other: there is no /proc, and the filter of system
+    calls denies the rest. What is left to them is to end one another."""
+    return seccomp_filter() is not None
+
+
+@functools.cache
 def why_refused() -> str | None:
     """None when bubblewrap works here; else one line that says what is missing and how to get it."""
     if sys.platform != "linux":
@@ -167,7 +174,8 @@ def _runtime() -> tuple[Path, Path]:
     one is then copied, once, to a folder that only root can write.
     """
     bwrap = find_bubblewrap()
-    assert bwrap is not None
+    if bwrap is None:
+        raise WorkError(f"no bwrap found; {HOW_TO}")
     prefix = Path(os.path.realpath(sys.base_prefix))
     if os.geteuid() != 0 or (_readable_by_all(bwrap) and _readable_by_all(interpreter())):
         return bwrap, prefix
@@ -229,7 +237,8 @@ def _bubblewrap_command() -> tuple[str, ...]:
         packages = f"{real_prefix}/lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
         if (prefix / Path(packages).relative_to(real_prefix)).is_dir():
             command += ["--tmpfs", packages, "--remount-ro", packages]
-    command += ["--proc", "/proc", "--dev", "/dev"]
+    # No /proc: through it a process could write into the memory of another one of its user.
+    command += ["--dev", "/dev"]
     for folder in ("/dev/shm", "/tmp"):
         command += ["--size", str(TMP_BYTES), "--tmpfs", folder]
     command += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/tmp"]
@@ -240,39 +249,36 @@ def _bubblewrap_command() -> tuple[str, ...]:
 class Sandbox:
     """One sandbox, a context manager: leaving it ends every process in it, and waits until they are gone.
 
-    `channel`: this end of a socket whose other end the child of the work "serve" or "check" holds.
+    `channels`: our ends of sockets; the first work "serve" or "check" holds the other end of the first, and so on.
     Raises SandboxDied and OverLimit from `run`.
     """
 
-    def __init__(self, level: str, limits: Limits, channel: bool = False) -> None:
+    def __init__(self, level: str, limits: Limits, channels: int = 0) -> None:
         self.level = level
         self.limits = limits
         self.alone = level == "bubblewrap"
         self._stack = contextlib.ExitStack()
         self._control, theirs = socket.socketpair()
         self._stack.callback(self._control.close)
-        self.channel: socket.socket | None = None
-        far: socket.socket | None = None
-        if channel:
-            self.channel, far = socket.socketpair()
-        if self.channel is not None:
-            self._stack.callback(self.channel.close)
-        passed = [end.fileno() for end in (theirs, far) if end is not None]
+        pairs = [socket.socketpair() for _ in range(channels)]
+        self.channels = [ours for ours, _ in pairs]
+        far = [theirs, *(other for _, other in pairs)]
+        for channel in self.channels:
+            self._stack.callback(channel.close)
         try:
-            self._process = self._start(passed)
+            self._process = self._start([end.fileno() for end in far])
         except BaseException:
             self._stack.close()
             raise
         finally:
-            theirs.close()
-            if far is not None:
-                far.close()
+            for end in far:
+                end.close()
+        self._reports: dict[str, Ended] = {}
         self._started = self.closed = False
         self._send(first_process())
 
     def _start(self, passed: list[int]) -> subprocess.Popen[bytes]:
-        channel = str(passed[1]) if len(passed) > 1 else "-1"
-        python = ["-I", "-S", "-B", "-X", "utf8", "-c", _STUB, str(passed[0]), channel]
+        python = ["-I", "-S", "-B", "-X", "utf8", "-c", _STUB, *map(str, passed)]
         if self.alone:
             command, folder = [*_bubblewrap_command(), *self._filter(passed), "--", str(interpreter()), *python], "/"
         else:
@@ -352,47 +358,47 @@ class Sandbox:
             self._frame(time.monotonic() + START_S, 16)
             self._started = True
 
-    def say(self, frame: bytes, end: float) -> None:
+    def say(self, channel: socket.socket, frame: bytes, end: float) -> None:
         """A frame to the child. One that has ended hears nothing; `hear` tells."""
-        assert self.channel is not None
-        self.channel.settimeout(max(0.01, end - time.monotonic()))
+        channel.settimeout(max(0.01, end - time.monotonic()))
         try:
-            self.channel.sendall(len(frame).to_bytes(4, "big") + frame)
+            channel.sendall(len(frame).to_bytes(4, "big") + frame)
         except TimeoutError:
             raise OverLimit("time") from None
         except OSError:
             return
 
-    def hear(self, end: float, largest: int) -> bytes | None:
+    def hear(self, channel: socket.socket, end: float, largest: int) -> bytes | None:
         """A frame from the child, or None where it has ended."""
-        assert self.channel is not None
-        self.channel.settimeout(None)
+        channel.settimeout(None)
         try:
-            size = int.from_bytes(self._receive(self.channel, 4, end), "big")
+            size = int.from_bytes(self._receive(channel, 4, end), "big")
             if size > largest:
                 raise OverLimit("output")
-            return self._receive(self.channel, size, end)
+            return self._receive(channel, size, end)
         except EOFError:
             return None
 
-    def finish(self) -> Ended:
-        """Waits until the child has ended, at most the limit and a grace."""
+    def finish(self, kind: str) -> Ended:
+        """Waits until the child with that work has ended, at most the limit and a grace."""
         self.ready()
         end = time.monotonic() + self.limits.seconds + GRACE_S
-        frame = self._frame(end, 3 * self.limits.output_bytes + (1 << 16))
-        try:
-            head, _, body = frame.partition(b"\n")
-            code, milliseconds, *sizes = head.decode("ascii").split(" ")
-            out, err, result = (int(size) for size in sizes)
-            exit_code = None if code == "timeout" else int(code)
-            took = float(milliseconds)
-        except ValueError:
-            raise SandboxDied("the first process spoke nonsense") from None
-        return Ended(exit_code, took, body[:out], body[out : out + err], body[out + err : out + err + result])
+        while kind not in self._reports:
+            frame = self._frame(end, 3 * self.limits.output_bytes + (1 << 16))
+            try:
+                head, _, body = frame.partition(b"\n")
+                who, code, milliseconds, *sizes = head.decode("ascii").split(" ")
+                out, err, result = (int(size) for size in sizes)
+                exit_code = None if code == "timeout" else int(code)
+                parts = body[:out], body[out : out + err], body[out + err : out + err + result]
+                self._reports[who] = Ended(exit_code, float(milliseconds), *parts)
+            except ValueError:
+                raise SandboxDied("the first process spoke nonsense") from None
+        return self._reports.pop(kind)
 
     def run(self, work: tuple[Any, ...]) -> Ended:
         self.send(work)
-        return self.finish()
+        return self.finish(work[0])
 
     def _frame(self, end: float, largest: int) -> bytes:
         try:
