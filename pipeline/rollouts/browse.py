@@ -17,7 +17,7 @@ from pipeline.rollouts import durable
 from pipeline.rollouts.locate import Located
 from pipeline.rollouts.statistics import Statistics, statistics
 from pipeline.rollouts.store import Manifest, group_key, iter_batches, read_manifest, split_groups
-from pipeline.rollouts.tables import STATUS_NAMES, UNJUDGED, prompt_batches, verdict_batches
+from pipeline.rollouts.tables import STATUS_NAMES, UNJUDGED, prompt_batches, rows_with, verdict_batches
 
 TEMPLATE = Path(__file__).with_name("browse.html")
 NATS_A_STEP = 0.05
@@ -106,9 +106,7 @@ class _Page:
 
     def add_prompts(self, place: Located) -> None:
         for batch in prompt_batches(place.prompts):
-            ids = batch["prompt_id"].to_pylist()
-            wanted = [number for number, prompt_id in enumerate(ids) if prompt_id in self._prompts]
-            for prompt in batch.take(wanted).to_pylist():
+            for prompt in rows_with(batch, "prompt_id", self._prompts):
                 tests = prompt["tests"]
                 if tests is not None and len(tests) > _TESTS_SHOWN:
                     tests = f"{tests[:_TESTS_SHOWN]} … ({len(tests):,} characters)"
@@ -125,9 +123,7 @@ class _Page:
         columns = ["rollout_id", "verifier", "verifier_version", "status", "reward", "detail", "isolation"]
         codes = {name: code for code, name in enumerate(STATUS_NAMES)}
         for batch in verdict_batches(place.verdicts, columns):
-            ids = batch["rollout_id"].to_pylist()
-            wanted = [number for number, rollout_id in enumerate(ids) if rollout_id in self._rows]
-            for verdict in batch.take(wanted).to_pylist():
+            for verdict in rows_with(batch, "rollout_id", self._rows):
                 row = self._rows[verdict["rollout_id"]]
                 row |= {"status": codes.get(verdict["status"], UNJUDGED), "reward": verdict["reward"]}
                 row["detail"] = verdict["detail"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.rollouts.locate import Located
 from pipeline.rollouts.statistics import Statistics
 from pipeline.rollouts.store import Manifest, iter_batches, read_manifest, split_groups
-from pipeline.rollouts.tables import prompt_batches, verdict_batches
+from pipeline.rollouts.tables import prompt_batches, rows_with, verdict_batches
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -61,11 +61,9 @@ def attach(place: Located, groups: list[list[dict[str, Any]]]) -> list[Sample]:
     rollout_ids = {row["rollout_id"] for rows in groups for row in rows}
     prompts, verdicts = dict[str, Any](), dict[str, Any]()
     for batch in prompt_batches(place.prompts):
-        wanted = [number for number, key in enumerate(batch["prompt_id"].to_pylist()) if key in prompt_ids]
-        prompts |= {row["prompt_id"]: row for row in batch.take(wanted).to_pylist()}
+        prompts |= {row["prompt_id"]: row for row in rows_with(batch, "prompt_id", prompt_ids)}
     for batch in verdict_batches(place.verdicts):
-        wanted = [number for number, key in enumerate(batch["rollout_id"].to_pylist()) if key in rollout_ids]
-        verdicts |= {row["rollout_id"]: row for row in batch.take(wanted).to_pylist()}
+        verdicts |= {row["rollout_id"]: row for row in rows_with(batch, "rollout_id", rollout_ids)}
     for rows in groups:
         for row in rows:
             row["verdict"] = verdicts.get(row["rollout_id"])
@@ -85,7 +83,7 @@ def show(place: Located, console: Console, samples: int = 2, seed: int = 0) -> N
     )
     console.print(_overview(manifest, numbers))
     bars = [
-        _bars("completion tokens", [(f"{low}-{high}", rows) for low, high, rows in numbers.lengths.histogram()]),
+        _bars("completion tokens", [(_span(low, high), rows) for low, high, rows in numbers.lengths.histogram()]),
         _bars("verdicts", numbers.statuses.most_common(), STATUS_COLOURS),
         _bars("groups by pass rate", [(f"{tenth / 10:.1f}", numbers.pass_rates[tenth]) for tenth in range(11)]),
         _bars("finish reasons", numbers.finish_reasons.most_common()),
@@ -122,6 +120,10 @@ def _overview(manifest: Manifest, numbers: Statistics) -> RenderableType:
     for row in rows:
         table.add_row(f"[dim]{row[0]}[/dim]", row[1])
     return table
+
+
+def _span(low: int, high: int) -> str:
+    return f"{low:,}" if low == high else f"{low:,}-{high:,}"
 
 
 def _bars(title: str, rows: list[tuple[str, int]], colours: Mapping[str, str] | None = None) -> RenderableType:

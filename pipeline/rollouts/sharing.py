@@ -31,6 +31,8 @@ SUMS = "SHA256SUMS"
 HUB = "hf://datasets/"
 _NAME = re.compile(r"^(?:[A-Za-z0-9_=-][A-Za-z0-9._=+-]*/)*[A-Za-z0-9_=-][A-Za-z0-9._=+-]*$")
 _BLOCK = 4 << 20
+_OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss"})
+"""These have no folders to make, and making one would make a bucket that was only misspelt."""
 
 
 @contextlib.contextmanager
@@ -238,12 +240,14 @@ def push_dataset(folder: Path, to: str) -> int:
         with new_folder(Path(to)) as copy:
             return sum(_copy(folder / name, copy / name) for name in [*sums, SUMS])
     filesystem, root = _filesystem(to)
+    protocols = {filesystem.protocol} if isinstance(filesystem.protocol, str) else set(filesystem.protocol)
     with _remote(to, ""):
         if filesystem.exists(f"{root}/{SUMS}"):
             filesystem.rm(f"{root}/{SUMS}")
         sent = 0
         for name in [*sums, SUMS]:
-            filesystem.makedirs(f"{root}/{name}".rpartition("/")[0], exist_ok=True)
+            if not _OBJECT_STORES.intersection(protocols):
+                filesystem.makedirs(f"{root}/{name}".rpartition("/")[0], exist_ok=True)
             with (folder / name).open("rb") as local, filesystem.open(f"{root}/{name}", "wb") as remote:
                 shutil.copyfileobj(local, remote, _BLOCK)
             sent += (folder / name).stat().st_size

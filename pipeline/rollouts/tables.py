@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -54,6 +54,13 @@ def parquet_batches(path: Path, columns: Sequence[str] | None, schema: pa.Schema
     except (OSError, pa.ArrowException) as error:  # a damaged file is the reader's to mend: say which
         reason = " ".join(str(error).split())
         raise WorkError(f"{path}: can't be read ({reason}); run `oapl rollouts validate`") from error
+
+
+def rows_with(batch: pa.RecordBatch, column: str, wanted: Container[str]) -> list[dict[str, Any]]:
+    """The batch's rows whose `column` is in `wanted`; the others are never made into Python objects."""
+    chosen = [number for number, value in enumerate(batch[column].to_pylist()) if value in wanted]
+    rows: list[dict[str, Any]] = batch.take(pa.array(chosen, pa.int64())).to_pylist()
+    return rows
 
 
 def prompt_batches(path: Path | None, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
