@@ -90,7 +90,7 @@ def iter_prompts(path: Path) -> Iterator[Prompt]:
     """
     if not path.exists():
         raise RequestError(
-            f"no prompt file {path}; give a .jsonl or .parquet file with task, messages (or prompt), and answer or tests"
+            f"no prompt file {path}; give a .jsonl or .parquet file of task, messages (or prompt), and answer or tests"
         )
     if path.suffix == ".parquet":
         rows: Iterable[tuple[str, Any]] = _parquet_rows(path)
@@ -167,17 +167,16 @@ def _checked(row: Any, where: str, source: str) -> Prompt:
 
 
 def _messages(row: dict[str, Any], where: str) -> tuple[tuple[str, str], ...]:
-    messages = row.get("messages")
-    if messages is None and isinstance(row.get("prompt"), str):
-        messages = [{"role": "user", "content": row["prompt"]}]
-    if messages is None and isinstance(row.get("prompt"), list):
-        messages = row["prompt"]
-    good = isinstance(messages, list) and messages
-    if not good or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
-    ):
+    messages = row.get("messages") or row.get("prompt")
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
         raise RequestError(f"{where}: needs 'messages' (a list of role and content) or 'prompt' (text)")
-    return tuple((m["role"], m["content"]) for m in messages)
+    return tuple((message["role"], message["content"]) for message in messages)
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
 
 
 def build_prompt_set(recipe: Recipe, out: Path) -> dict[str, int]:
@@ -192,7 +191,8 @@ def build_prompt_set(recipe: Recipe, out: Path) -> dict[str, int]:
         train = _shuffled(train, recipe.seed)
         if len(train) <= settings.heldout_count:
             raise RequestError(
-                f"{settings.train}: {len(train)} prompts are not enough to hold out {settings.heldout_count}; lower prompts.heldout_count"
+                f"{settings.train}: {len(train)} prompts are not enough to hold out {settings.heldout_count}; "
+                "lower prompts.heldout_count"
             )
         heldout, train = train[: settings.heldout_count], train[settings.heldout_count :]
     else:

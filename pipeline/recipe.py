@@ -127,8 +127,8 @@ class Learning(_Part):
     epochs: Positive = 2
     batch_size: Positive = 32
     """Sequences an optimizer step, over all ranks."""
-    micro_batch_size: Positive = 32
-    """Sequences a forward pass on one rank."""
+    micro_batch_tokens: Positive = 4096
+    """Tokens, padding included, of a forward pass on one rank; the longest sequence may exceed it alone."""
     keep_optimizer: bool = True
     """Carry Adam's moments from round to round."""
     drop_uniform_groups: bool = True
@@ -258,5 +258,7 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
 def _differ(old: Any, new: Any, where: str) -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [*old, *(key for key in new if key not in old)]
-        return [line for key in keys for line in _differ(old.get(key), new.get(key), f"{where}.{key}" if where else key)]
+        return [
+            line for key in keys for line in _differ(old.get(key), new.get(key), f"{where}.{key}" if where else key)
+        ]
     return [] if old == new else [f"{where}: {old} -> {new}"]

@@ -129,7 +129,7 @@ def verify(folder: Path) -> Snapshot:
 
 
 def adopt(model: str, folder: Path) -> Snapshot:
-    """Publishes a model folder, or a Hub id, as a start below `folder`: a copy, so that it can't change under the run."""
+    """Publishes a copy of a model folder, or of a Hub id, as a start below `folder`, where it can't change."""
     source = Path(model)
     if not source.is_dir():
         source = _download(model)

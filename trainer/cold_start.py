@@ -50,7 +50,7 @@ def _train(model: Any, tokenizer: Any, settings: ColdStart, seed: int) -> None:
         ids, labels = _pad(batch, tokenizer.pad_token_id)  # [batch, tokens] each
         logits = model(input_ids=ids).logits  # padding is on the right, so causal attention never sees it
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()

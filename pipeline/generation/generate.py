@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import snapshots
+from pipeline import __version__, snapshots
 from pipeline.errors import RequestError
 from pipeline.generation.engine import Completion, Engine, Request
 from pipeline.progress import Progress
@@ -101,7 +101,7 @@ def provenance(work: Work, snapshot: snapshots.Snapshot, prompts: Sequence[Promp
         tokenizer_sha256=snapshot.tokenizer_sha256,
         chat_template_sha256=snapshot.chat_template_sha256,
         recipe=work.recipe.model_dump(mode="json") if work.recipe else None,
-        code_version=importlib.metadata.version("oapl"),
+        code_version=__version__,
         prompts_sha256=hashlib.sha256(ids.encode()).hexdigest(),
     )
 
@@ -126,8 +126,8 @@ def _encode(tokenizer: Any, prompts: Iterable[Prompt], settings: Generation) -> 
         tokens = tokenizer.apply_chat_template(prompt.chat(), add_generation_prompt=True, return_dict=False)
         if len(tokens) >= settings.max_model_len:
             raise RequestError(
-                f"prompt {prompt.prompt_id} ({prompt.source}) has {len(tokens)} tokens, and generation.max_model_len is "
-                f"{settings.max_model_len}; raise it or leave the prompt out"
+                f"prompt {prompt.prompt_id} ({prompt.source}) has {len(tokens)} tokens, and "
+                f"generation.max_model_len is {settings.max_model_len}; raise it or leave the prompt out"
             )
         yield prompt, list(tokens)
 
@@ -164,9 +164,9 @@ def _groups(
         for completion in engine.step():
             in_flight -= 1
             progress.add(1, tokens=len(completion.tokens))
-            prompt_id, _, sample = completion.key.rpartition("/")
+            prompt_id, _, number = completion.key.rpartition("/")
             group = open_groups[prompt_id]
-            group.done[int(sample)] = completion
+            group.done[int(number)] = completion
             group.left -= 1
             if not group.left:
                 del open_groups[prompt_id]
