@@ -1,0 +1,232 @@
+"""The command line. Its words are a contract; what does the work is imported when a command needs it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.errors import OaplError, RequestError
+
+if TYPE_CHECKING:
+    from pipeline.generation.engine import Engine
+    from pipeline.recipe import Recipe
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Rollout datasets and off-policy training for reasoning models: generate, judge, keep, share, learn.",
+)
+
+RecipeOption = Annotated[str | None, typer.Option("--recipe", help="Name of a recipe, or a YAML file.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY.PATH=VALUE", help="Replace a setting of the recipe; repeatable."),
+]
+RootOption = Annotated[Path, typer.Option("--root", help="Data folder: runs and Dagster's records lie below it.")]
+PolicyOption = Annotated[Path, typer.Option("--policy", help="Policy in Hugging Face format, or a snapshot.")]
+PromptsOption = Annotated[Path, typer.Option("--prompts", help="Prompts, JSONL or Parquet.")]
+
+
+@app.command()
+def run(
+    recipe: RecipeOption = "tiny",
+    rounds: Annotated[int | None, typer.Option("--rounds", min=1, help="Rounds to have in all.")] = None,
+    root: RootOption = Path("data"),
+    set: SetOption = None,
+) -> None:
+    """Make rounds, through Dagster, and show how pass@k went. Goes on where an earlier call stopped."""
+    from pipeline.recipe import load_recipe
+
+    load_recipe(recipe or "tiny", _overrides(set, rounds=rounds))  # nonsense is refused before anything starts
+    words = ["assets.run_rounds", "--recipe", recipe or "tiny", "--root", str(root)]
+    for override in _overrides(set, rounds=rounds):
+        words += ["--set", override]
+    _become(words)
+
+
+@app.command()
+def ui(
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port on this machine.")] = 3000,
+    root: RootOption = Path("data"),
+    recipe: RecipeOption = "tiny",
+    set: SetOption = None,
+) -> None:
+    """Dagster's web UI and daemon: the assets, the rounds made so far, and new ones at a click."""
+    from pipeline.recipe import load_recipe
+
+    load_recipe(recipe or "tiny", set or [])
+    words = ["assets.web", "--port", str(port), "--root", str(root), "--recipe", recipe or "tiny"]
+    for override in set or []:
+        words += ["--set", override]
+    _become(words)
+
+
+@app.command()
+def generate(
+    policy: PolicyOption,
+    prompts: PromptsOption,
+    out: Annotated[Path, typer.Option("--out", help="Folder of the rollouts; gone on with where it has some.")],
+    samples: Annotated[int | None, typer.Option("--samples", min=2, help="Completions a prompt.")] = None,
+    temperature: Annotated[float | None, typer.Option("--temperature", min=0.0)] = None,
+    top_p: Annotated[float | None, typer.Option("--top-p", min=0.0, max=1.0)] = None,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=1)] = None,
+    round: Annotated[int, typer.Option("--round", min=0, help="Number written on each row.")] = 0,
+    seed: Annotated[int | None, typer.Option("--seed", min=0)] = None,
+    recipe: RecipeOption = None,
+    set: SetOption = None,
+) -> None:
+    """Sample completions of each prompt with vLLM into a Parquet dataset."""
+    given = {"samples": samples, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
+    overrides = [f"generation.{key}={value}" for key, value in given.items() if value is not None]
+    settings = _settings(recipe, [*_overrides(set, seed=seed), *overrides])
+
+    from pipeline.generation.generate import Work
+    from pipeline.generation.generate import generate as make
+    from pipeline.prompts import read_prompts, write_prompts
+
+    asked = read_prompts(prompts)
+    work = Work(policy, settings.generation, round, settings.seed, settings if recipe else None)
+    _require(policy)
+    totals = make(work, asked, out, lambda: _vllm(policy, settings))
+    write_prompts(out / "prompts.parquet", asked)
+    typer.echo(
+        f"{out}: {totals.completions:,} completions in {totals.groups:,} groups, {totals.tokens:,} tokens, "
+        f"{totals.seconds:.1f} s" + (f"; {totals.skipped_groups:,} groups were there" if totals.skipped_groups else "")
+    )
+
+
+@app.command()
+def verify(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE.jsonl", help="A case a line: id, task, response, answer or tests.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Where verdicts go, .jsonl or .parquet.")],
+    recipe: RecipeOption = None,
+    set: SetOption = None,
+) -> None:
+    """Judge answers and programs. Needs no model."""
+    settings = _settings(recipe, set or [])
+
+    from pipeline.verifiers.command import verify_file
+
+    counts = verify_file(file, out, settings.verification)
+    typer.echo(
+        f"{out}: {sum(counts.values()):,} verdicts" + "".join(f", {n:,} {name}" for name, n in sorted(counts.items()))
+    )
+
+
+@app.command()
+def train(
+    rollouts: Annotated[str, typer.Option("--rollouts", help="A run's folder, generated rollouts, or a dataset.")],
+    policy: PolicyOption,
+    out: Annotated[Path, typer.Option("--out", help="Folder below which the new snapshot is published.")],
+    round: Annotated[
+        int | None, typer.Option("--round", min=0, help="Round of a run's folder; its newest unless given.")
+    ] = None,
+    recipe: RecipeOption = None,
+    set: SetOption = None,
+) -> None:
+    """Learn from stored rollouts with DeepSpeed and publish the next snapshot. Needs no engine."""
+    settings = _settings(recipe, set or [])
+    _require(policy)
+
+    from pipeline.rollouts.locate import locate
+
+    found = locate(rollouts, round)
+    words = ["trainer", "--rollouts", str(found.root), "--policy", str(policy), "--out", str(out)]
+    if found.round is not None:
+        words += ["--round", str(found.round)]
+    settings_file = out / ".recipe.yaml"
+    out.mkdir(parents=True, exist_ok=True)
+    settings.save(settings_file)
+    _become([*words, "--recipe", str(settings_file)])
+
+
+@app.command()
+def evaluate(
+    policy: PolicyOption,
+    prompts: PromptsOption,
+    out: Annotated[Path, typer.Option("--out", help="Parquet file, a row a prompt.")],
+    samples: Annotated[int | None, typer.Option("--samples", min=1, help="Completions a prompt.")] = None,
+    ks: Annotated[str | None, typer.Option("--ks", help="Values of k, such as 1,8,64.")] = None,
+    recipe: RecipeOption = None,
+    set: SetOption = None,
+) -> None:
+    """pass@k of a policy on held-out prompts."""
+    overrides = list(set or [])
+    if samples is not None:
+        overrides.append(f"evaluation.samples={samples}")
+    if ks is not None:
+        overrides.append(f"evaluation.ks=[{ks}]")
+    elif samples is not None and not any(item.startswith("evaluation.ks") for item in overrides):
+        overrides.append(f"evaluation.ks=[{','.join(str(k) for k in (1, 8, 16, 64) if k <= samples)}]")
+    settings = _settings(recipe, overrides)
+    _require(policy)
+
+    from pipeline.evaluation import evaluate as measure
+    from pipeline.evaluation import heldout
+    from pipeline.prompts import iter_prompts
+
+    found = measure(policy, heldout(iter_prompts(prompts)), settings, out, lambda: _vllm(policy, settings))
+    for k, estimate in found.overall.items():
+        typer.echo(f"pass@{k} {estimate.mean:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]")
+    typer.echo(f"{out}: {found.prompts:,} prompts, {found.samples} completions each, {found.seconds:.1f} s")
+
+
+def _settings(recipe: str | None, overrides: list[str]) -> Recipe:
+    """The recipe that was named, else plain defaults, with the overrides applied."""
+    from pipeline.recipe import RECIPES, load_recipe
+
+    return load_recipe(recipe or str(RECIPES / "defaults.yaml"), overrides)
+
+
+def _overrides(given: list[str] | None, **flags: int | None) -> list[str]:
+    return [*(given or []), *(f"{key}={value}" for key, value in flags.items() if value is not None)]
+
+
+def _require(policy: Path) -> None:
+    """Refuses a missing policy before seconds are spent on imports."""
+    if not (policy / "config.json").exists():
+        raise RequestError(f"no policy in {policy}: expected a folder with config.json, weights and tokenizer")
+
+
+def _vllm(policy: Path, settings: Recipe) -> Engine:
+    from pipeline.generation.vllm_engine import VllmEngine
+
+    return VllmEngine(policy, settings.generation, settings.seed)
+
+
+def _become(words: list[str]) -> None:
+    """Replaces this process by `python -m words...`, so that signals reach what does the work."""
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", *words])
+
+
+def _with_rollouts() -> typer.Typer:
+    """The `oapl rollouts` commands are imported when one of them is asked for."""
+    if "rollouts" in sys.argv[1:2] or "--help" in sys.argv[1:2] or len(sys.argv) == 1:
+        from pipeline.rollouts.commands import app as rollouts
+
+        app.add_typer(rollouts, name="rollouts")
+    return app
+
+
+def main() -> None:
+    """Entry point: runs a command; an error meant for a person becomes one line and its exit code."""
+    try:
+        _with_rollouts()()
+    except OaplError as error:
+        sys.stderr.write(f"oapl: {error}\n")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.stderr.write("oapl: interrupted; what was committed is kept, run the same command to go on\n")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""`python -m trainer`: the learner's process, or, with more than one rank, its launcher.
+
+Under torchrun or the deepspeed launcher (which set RANK) it is one rank. Started plainly it is the only rank, or
+starts as many as the recipe asks for through torchrun's own launcher.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import sys
+import tempfile
+from pathlib import Path
+
+from pipeline.errors import OaplError, WorkError
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m trainer", description=__doc__)
+    parser.add_argument("--recipe", required=True)
+    parser.add_argument("--rollouts", type=Path, required=True)
+    parser.add_argument("--policy", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--round", type=int, default=None)
+    parser.add_argument("--log", type=Path, default=None)
+    return parser.parse_args()
+
+
+def main() -> None:
+    try:
+        from pipeline.recipe import load_recipe
+
+        arguments = _arguments()
+        ranks = load_recipe(arguments.recipe).learning.ranks
+        if "RANK" in os.environ or ranks == 1:
+            _be_a_rank(arguments)
+        else:
+            _launch(ranks)
+    except OaplError as error:
+        if "OAPL_ERROR_FILE" in os.environ:
+            # A rank of ours: the launcher tells the person, once.
+            Path(os.environ["OAPL_ERROR_FILE"]).write_text(json.dumps([error.exit_code, str(error)]), encoding="utf-8")
+        else:
+            sys.stderr.write(f"oapl: {error}\n")
+        sys.exit(error.exit_code)
+
+
+def _be_a_rank(arguments: argparse.Namespace) -> None:
+    import logging
+
+    import torch
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+
+    if "RANK" not in os.environ:
+        os.environ |= {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": _free_port(),
+        }
+    # DeepSpeed would compile a shared-memory collective for CPUs at first use: most of a minute and a C++ compiler,
+    # where gloo is there already and has nothing to do on one machine's few ranks.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    from pipeline.layout import Run
+    from pipeline.recipe import load_recipe
+    from pipeline.rollouts.locate import locate
+    from pipeline.rollouts.store import read_manifest
+    from trainer.learner import Round, learn
+
+    recipe = load_recipe(arguments.recipe)
+    data = locate(arguments.rollouts, arguments.round)
+    number = data.round if data.round is not None else read_manifest(data.rollouts).provenance.round
+    run = Run(data.root.parent.parent, data.root.name)
+    log = arguments.log or (run.learning_log(number) if run.recipe.exists() else arguments.out / "learning.jsonl")
+    summary = learn(Round(recipe, data, arguments.policy, arguments.out, log, number))
+    if int(os.environ["RANK"]) == 0:
+        print(  # noqa: T201
+            f"{arguments.out / summary['snapshot_id']}: {summary['steps']} steps, {summary['sequences']:,} sequences, "
+            f"log-probability gap {summary['logprob_gap']['mean']:+.5f} nats a token, {summary['seconds']:.1f} s"
+        )
+    torch.distributed.destroy_process_group()
+
+
+def _free_port() -> str:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
+
+
+def _launch(ranks: int) -> None:
+    """Starts the ranks on this machine through torchrun's launcher, and turns their failure into one line."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    with tempfile.TemporaryDirectory() as folder:
+        error_file = Path(folder) / "error.json"
+        os.environ["OAPL_ERROR_FILE"] = str(error_file)
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=ranks,
+            rdzv_backend="c10d",
+            rdzv_endpoint="127.0.0.1:0",
+            max_restarts=0,
+        )
+        try:
+            elastic_launch(config, sys.executable)("-u", "-m", "trainer", *sys.argv[1:])
+        except ChildFailedError:
+            os.environ.pop("OAPL_ERROR_FILE")
+            if error_file.exists():
+                code, message = json.loads(error_file.read_text(encoding="utf-8"))
+                raised = WorkError(message)
+                raised.exit_code = code
+                raise raised from None
+            raise
+
+
+if __name__ == "__main__":
+    main()
