@@ -109,6 +109,7 @@ def _launch(ranks: int) -> None:
             rdzv_backend="c10d",
             rdzv_endpoint="127.0.0.1:0",
             max_restarts=0,
+            run_id="oapl",
         )
         try:
             elastic_launch(config, sys.executable)("-u", "-m", "trainer", *sys.argv[1:])

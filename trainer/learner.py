@@ -262,6 +262,8 @@ class _Learner:
             losses, metrics = LOSSES[self.settings.loss](batch, Settings(self.settings.beta2))
             # Mean over the global batch: DeepSpeed averages gradients over ranks, so each rank's share is scaled up.
             self.engine.backward(losses.sum() * (self.ranks / len(rows) if micro else 0.0))
+            if number == len(plan) - 1:
+                norm = self._plain_norm()
             self.engine.step()
             if micro:
                 positions = padded.ids.new_tensor([padded.ids.numel(), int(self.view.lengths[micro].sum())])
@@ -271,7 +273,14 @@ class _Learner:
         if self.ranks > 1:
             dist.all_reduce(sums)
         self.steps += 1
-        return self._record(dict(zip(SUMS, sums.tolist(), strict=True)), rows, rate, time.monotonic() - started)
+        norm = float(self.engine.get_global_grad_norm() or norm)
+        return self._record(dict(zip(SUMS, sums.tolist(), strict=True)), rows, rate, norm, time.monotonic() - started)
+
+    def _plain_norm(self) -> float:
+        """Gradient norm before clipping where DeepSpeed keeps none: without ZeRO, in float32."""
+        if self.engine.zero_optimization() or self.settings.dtype != "float32":
+            return 0.0
+        return torch.nn.utils.get_total_norm([p.grad for p in self.engine.parameters() if p.grad is not None]).item()
 
     def _learning_rate(self) -> float:
         s = self.settings
@@ -287,9 +296,11 @@ class _Learner:
         warm = min(1.0, (self.parent.step + self.steps + 1) / s.warmup_steps) if s.warmup_steps else 1.0
         return s.learning_rate * factor * warm
 
-    def _record(self, sums: dict[str, float], rows: list[int], rate: float, seconds: float) -> dict[str, float]:
+    def _record(
+        self, sums: dict[str, float], rows: list[int], rate: float, norm: float, seconds: float
+    ) -> dict[str, float]:
         count = len(rows)
-        loss, norm = sums["loss"] / count, float(self.engine.get_global_grad_norm() or 0.0)
+        loss = sums["loss"] / count
         step = self.parent.step + self.steps
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise WorkError(
