@@ -59,11 +59,6 @@ class Run:
     def checkpoints(self, round: int) -> Path:
         return self.path / "checkpoints" / f"round={round_key(round)}"
 
-    @property
-    def optimizer(self) -> Path:
-        """Optimizer state that goes on from one round to the next."""
-        return self.path / "optimizer"
-
     def learning_log(self, round: int) -> Path:
         """One JSON object an optimizer step."""
         return self.path / "learning" / f"round={round_key(round)}.jsonl"
@@ -76,9 +71,29 @@ class Run:
         """Complete output of a stage's child process."""
         return self.path / "logs" / f"round={round_key(round)}" / f"{stage}.log"
 
+    def stages(self, round: int) -> Path:
+        """What each stage of a round was made from, and the seconds that it took."""
+        return self.path / "stages" / f"round={round_key(round)}.json"
+
+    def stage_recipe(self, stage: str, round: int) -> Path:
+        """The settings that a stage of a round ran under: the run's, and what was changed for that round."""
+        return self.path / "stages" / f"round={round_key(round)}.{stage}.yaml"
+
+    def dataset(self, round: int) -> Path:
+        """The round as a dataset that can be given away: rollouts, verdicts, prompts and card."""
+        return self.path / "datasets" / f"round={round_key(round)}"
+
     @property
     def report(self) -> Path:
         return self.path / "report"
+
+    @property
+    def picture(self) -> Path:
+        return self.report / "rounds.png"
+
+    @property
+    def page(self) -> Path:
+        return self.report / "index.html"
 
     @property
     def summary(self) -> Path:

@@ -1,0 +1,28 @@
+"""All that Dagster is told, named one by one."""
+
+from __future__ import annotations
+
+import dagster as dg
+from dagster._loggers import colored_console_logger
+
+from assets.frozen_policy import frozen_policy
+from assets.jobs import JOBS
+from assets.pass_at_k import pass_at_k
+from assets.prompt_set import prompt_set
+from assets.resources import RunFolder
+from assets.rollout_dataset import rollout_dataset
+from assets.rollouts import rollouts
+from assets.rounds import CHOSEN
+from assets.terminal import terminal
+from assets.trained_policy import trained_policy
+from assets.verdicts import verdicts
+
+ASSETS = [prompt_set, frozen_policy, rollouts, verdicts, rollout_dataset, trained_policy, pass_at_k]
+
+defs = dg.Definitions(
+    assets=ASSETS,
+    jobs=JOBS,
+    resources={"run_folder": RunFolder(root=str(CHOSEN.root), recipe=CHOSEN.recipe, overrides=list(CHOSEN.overrides))},
+    loggers={"console": colored_console_logger, "terminal": terminal},
+    executor=dg.in_process_executor,
+)

@@ -1,0 +1,47 @@
+"""Asset `frozen_policy`."""
+
+import dagster as dg
+
+from assets.config import FreezeConfig
+from assets.instance import LEARNER_POOL
+from assets.metadata import Made, snapshot_link
+from assets.resources import RunFolder, Step, step
+from assets.rounds import PREFIX, asset_key, rounds
+from pipeline import snapshots
+from pipeline.report import START
+
+
+@dg.asset(key_prefix=PREFIX, partitions_def=rounds, group_name="policy", kinds={"huggingface"}, pool=LEARNER_POOL)
+def frozen_policy(context: dg.AssetExecutionContext, run_folder: RunFolder, config: FreezeConfig) -> Made:
+    """The snapshot that the round is generated with: the head of a round.
+
+    **Grain:** one snapshot a round. **Source:** the newest `trained_policy` of the round before, found when this is
+    materialised, since a policy that depends on rollouts that depend on the policy would be a circle; in round 0 the
+    run's start, which is made or imported here. Once settled it stays, so that a round can be gone on with.
+    """
+    with step(context, run_folder, config) as work:
+        if work.round == 0 and snapshots.newest(work.run, None) is None:
+            _make_start(work)
+        snapshot = snapshots.frozen_for(work.run, work.round)
+        before = context.asset_key_for_output() if snapshot.round is None else asset_key("trained_policy")
+        return dg.MaterializeResult(
+            metadata={
+                **snapshot_link(snapshot, work.run.snapshot(snapshot.snapshot_id)),
+                "published by": dg.MetadataValue.asset(before),
+                "published in round": -1 if snapshot.round is None else snapshot.round,
+                "lag_rounds": work.round - 1 - (-1 if snapshot.round is None else snapshot.round),
+                **work.log_metadata(START),
+            },
+            data_version=dg.DataVersion(snapshot.sha256),
+        )
+
+
+def _make_start(work: Step) -> None:
+    """Trains the embedded policy, or copies in the model that the recipe names."""
+    with work.timed(START):
+        if work.recipe.policy.cold_start is not None:
+            words = ["--recipe", work.recipe_file(START), "--out", work.run.snapshots]
+            work.start(START, "trainer.cold_start", words)
+        else:
+            assert work.recipe.policy.model is not None
+            snapshots.adopt(work.recipe.policy.model, work.run.snapshots)

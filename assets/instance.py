@@ -1,0 +1,57 @@
+"""Dagster's instance of a data folder: SQLite and logs below `<data>/dagster`, the same for every command."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.layout import dagster_home
+
+ENGINE_POOL, LEARNER_POOL = "engine", "learner"
+
+
+def instance_config(storage: str) -> dict[str, Any]:
+    """What `dagster.yaml` says, with everything that is kept below `storage`.
+
+    The file at the top level of the repository says the same with `data/dagster`.
+    """
+    return {
+        "storage": {"sqlite": {"base_dir": storage}},
+        "local_artifact_storage": {
+            "module": "dagster.core.storage.root",
+            "class": "LocalArtifactStorage",
+            "config": {"base_dir": storage},
+        },
+        "compute_logs": {
+            "module": "dagster.core.storage.local_compute_log_manager",
+            "class": "LocalComputeLogManager",
+            "config": {"base_dir": f"{storage}/logs"},
+        },
+        "concurrency": {"pools": {"default_limit": 1, "granularity": "op"}, "runs": {"max_concurrent_runs": 4}},
+        "run_monitoring": {
+            "enabled": True,
+            "start_timeout_seconds": 180,
+            "cancel_timeout_seconds": 30,
+            "poll_interval_seconds": 10,
+            "free_slots_after_run_end_seconds": 10,
+            "max_resume_run_attempts": 0,
+        },
+        "run_retries": {"enabled": True, "max_retries": 0},
+        "telemetry": {"enabled": False},
+        "nux": {"enabled": False},
+    }
+
+
+def prepare_home(data: Path) -> Path:
+    """Makes `<data>/dagster` a DAGSTER_HOME, and returns it. A dagster.yaml that a person changed stays."""
+    home = dagster_home(data.absolute())
+    home.mkdir(parents=True, exist_ok=True)
+    file = home / "dagster.yaml"
+    if not file.exists():
+        partial = home / f".dagster.yaml.{os.getpid()}"
+        partial.write_text(yaml.safe_dump(instance_config(str(home)), sort_keys=False), encoding="utf-8")
+        partial.rename(file)
+    return home

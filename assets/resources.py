@@ -1,0 +1,122 @@
+"""What steps are given: the run's folder and settings, and the way to run a stage as a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+from pydantic import ValidationError
+
+from assets.config import CONFIGS, StepConfig
+from assets.rounds import PREFIX
+from assets.settings import Chosen
+from assets.supervisor import ChildFailed, run_child
+from pipeline.errors import OaplError, RequestError
+from pipeline.layout import Run
+from pipeline.recipe import Recipe, load_recipe
+from pipeline.report import note_stage
+
+
+class RunFolder(dg.ConfigurableResource):  # type: ignore[type-arg]
+    """The run that the assets are about: its recipe and the data folder it lies in."""
+
+    root: str
+    recipe: str
+    overrides: list[str] = []  # noqa: RUF012  (pydantic copies it)
+
+    def open(self) -> tuple[Run, Recipe]:
+        return Chosen(Path(self.root), self.recipe, tuple(self.overrides)).open()
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One asset's work on one round."""
+
+    context: dg.AssetExecutionContext
+    run: Run
+    recipe: Recipe
+    """The run's settings with what the launchpad changed for this step."""
+    round: int
+
+    def say(self, text: str) -> None:
+        """A line in the run's log, seen in the UI and on the terminal while the step runs."""
+        self.context.log.info(text)
+
+    def recipe_file(self, stage: str) -> Path:
+        """The step's settings as a file, for a child process."""
+        file = self.run.stage_recipe(stage, self.round)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self.recipe.save(file)
+        return file
+
+    @contextlib.contextmanager
+    def timed(self, stage: str, **facts: Any) -> Iterator[None]:
+        """Adds the seconds spent inside to the stage's; `facts` are remembered when it ends well."""
+        started = time.monotonic()
+        try:
+            yield
+        except BaseException:  # time is spent whatever ends the stage; the error goes on
+            note_stage(self.run, self.round, stage, seconds=time.monotonic() - started)
+            raise
+        note_stage(self.run, self.round, stage, seconds=time.monotonic() - started, **facts)
+
+    def start(self, stage: str, module: str, words: Sequence[object]) -> None:
+        """Runs `python -m module words...` to its end. Raises dagster.Failure with the child's one line."""
+        log = self.run.log(stage, self.round)
+        command = [sys.executable, "-m", *module.split(), *map(str, words)]
+        self.say(f"{stage}: started; its whole output goes to {log}")
+        try:
+            run_child(command, log, self.say, copy_to=sys.stderr)
+        except ChildFailed as failed:
+            raise dg.Failure(
+                description=f"{stage}: {failed.message}",
+                metadata={
+                    "exit_code": failed.code,
+                    "log": dg.MetadataValue.path(str(log)),
+                    "last lines": dg.MetadataValue.md("```\n" + "\n".join(failed.tail) + "\n```"),
+                },
+                # A wrong request stays wrong.
+                allow_retries=failed.code != RequestError.exit_code,
+            ) from None
+
+    def log_metadata(self, stage: str) -> dict[str, Any]:
+        log = self.run.log(stage, self.round)
+        return {"log": dg.MetadataValue.path(str(log))} if log.exists() else {}
+
+
+@contextlib.contextmanager
+def step(context: dg.AssetExecutionContext, folder: RunFolder, config: StepConfig | None = None) -> Iterator[Step]:
+    """The work at hand. What is meant for a person becomes a Failure with that one line."""
+    try:
+        _refuse_nonsense(context, folder)
+        run, recipe = folder.open()
+        if config is not None and (overrides := config.overrides()):
+            recipe = load_recipe(str(run.recipe), overrides)
+        yield Step(context, run, recipe, int(context.partition_key) if context.has_partition_key else 0)
+    except OaplError as error:
+        raise dg.Failure(
+            description=str(error),
+            metadata={"exit_code": error.exit_code},
+            allow_retries=error.exit_code != RequestError.exit_code,
+        ) from None
+
+
+def _refuse_nonsense(context: dg.AssetExecutionContext, folder: RunFolder) -> None:
+    """Checks the configs of all the run's steps, so that a wrong beta2 is not found out after hours of generation."""
+    ops = context.run.run_config.get("ops", {}) if isinstance(context.run.run_config, dict) else {}
+    run, _ = folder.open()
+    for name, kind in CONFIGS.items():
+        values = ops.get("__".join([*PREFIX, name]), {}).get("config", {})
+        try:
+            overrides = kind(**values).overrides()
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise RequestError(f"{name}, {where}: {first['msg']}, not {first['input']!r}") from None
+        load_recipe(str(run.recipe), overrides)

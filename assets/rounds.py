@@ -1,0 +1,37 @@
+"""The partitions: a round is a partition, `0000`, `0001`, ..., and round k+1 can be opened once k exists.
+
+The embedded run's assets carry plain keys. Those of every other run lie below the run's name, and its rounds are
+partitions of their own, so that several runs share one instance and one UI without touching each other.
+"""
+
+from __future__ import annotations
+
+import dagster as dg
+
+from assets.settings import DEFAULT_RUN, chosen
+from pipeline.layout import round_key
+
+CHOSEN = chosen()
+RECIPE = CHOSEN.settings()
+"""Settings that the launchpad shows as defaults."""
+RUN_NAME = RECIPE.name
+PREFIX: list[str] = [] if RUN_NAME == DEFAULT_RUN else [RUN_NAME]
+
+rounds = dg.DynamicPartitionsDefinition(name="rounds" if not PREFIX else f"rounds_{RUN_NAME}")
+
+
+def asset_key(name: str) -> dg.AssetKey:
+    return dg.AssetKey([*PREFIX, name])
+
+
+def round_of(context: dg.AssetExecutionContext) -> int:
+    """The round that the step works on."""
+    return int(context.partition_key)
+
+
+def open_rounds(instance: dg.DagsterInstance, up_to: int) -> None:
+    """Makes rounds 0 .. `up_to` partitions where they are none yet."""
+    there = set(instance.get_dynamic_partitions(str(rounds.name)))
+    missing = [round_key(round) for round in range(up_to + 1) if round_key(round) not in there]
+    if missing:
+        instance.add_dynamic_partitions(str(rounds.name), missing)

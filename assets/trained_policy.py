@@ -1,0 +1,113 @@
+"""Asset `trained_policy`."""
+
+import json
+from typing import Any
+
+import dagster as dg
+
+from assets import checks
+from assets.config import LearningConfig
+from assets.frozen_policy import frozen_policy
+from assets.instance import LEARNER_POOL
+from assets.metadata import Made, snapshot_link
+from assets.resources import RunFolder, Step, step
+from assets.rounds import PREFIX, open_rounds, rounds
+from assets.verdicts import verdicts
+from pipeline import snapshots
+from pipeline.report import read_stages
+
+STAGE = "learn"
+
+
+@dg.asset(
+    key_prefix=PREFIX,
+    partitions_def=rounds,
+    deps=[frozen_policy, verdicts],
+    group_name="policy",
+    kinds={"deepspeed", "huggingface"},
+    pool=LEARNER_POOL,
+    check_specs=checks.specs("trained_policy"),
+)
+def trained_policy(context: dg.AssetExecutionContext, run_folder: RunFolder, config: LearningConfig) -> Made:
+    """The next snapshot: the policy after learning from the round's rollouts with the OAPL loss, by DeepSpeed.
+
+    **Grain:** one snapshot a round, immutable, each file hashed. **Source:** `rollouts` and `verdicts` of the round,
+    read as Parquet, and the policy published before. Materialising it again under other settings publishes another
+    snapshot; a round that goes on from here takes the newest.
+    """
+    with step(context, run_folder, config) as work:
+        if not _learned(work):
+            _learn(work)
+        open_rounds(context.instance, work.round + 1)
+        return _result(work)
+
+
+def _inputs(work: Step) -> dict[str, Any]:
+    """What the snapshot is made from; the same again makes nothing new."""
+    from pipeline.rollouts.store import read_manifest
+    from pipeline.scoring import read_summary
+
+    summary = read_summary(work.run.verdicts(work.round))
+    return {
+        "rollouts": read_manifest(work.run.rollouts(work.round)).digest,
+        "verdicts": summary.versions if summary else {},
+        "policy": _parent(work).snapshot_id,
+        "seed": work.recipe.seed,
+        **work.recipe.learning.model_dump(mode="json"),
+    }
+
+
+def _parent(work: Step) -> snapshots.Snapshot:
+    return snapshots.frozen_for(work.run, work.round)
+
+
+def _learned(work: Step) -> bool:
+    told = read_stages(work.run, work.round).get(STAGE, {}).get("inputs")
+    return told == _inputs(work) and snapshots.newest(work.run, work.round) is not None
+
+
+def _learn(work: Step) -> None:
+    with work.timed(STAGE, inputs=_inputs(work)):
+        words: list[object] = ["--recipe", work.recipe_file(STAGE), "--rollouts", work.run.path, "--round", work.round]
+        words += ["--policy", work.run.snapshot(_parent(work).snapshot_id), "--out", work.run.snapshots]
+        work.start(STAGE, "pipeline.cli train", words)
+
+
+def _result(work: Step) -> Made:
+    summary = json.loads(work.run.learning_log(work.round).with_suffix(".json").read_bytes())
+    last = _last_step(work)
+    snapshot = snapshots.load_record(work.run.snapshot(summary["snapshot_id"]))
+    parent = work.run.snapshot(summary["parent"])
+    seconds = read_stages(work.run, work.round).get(STAGE, {}).get("seconds", 0.0)
+    work.say(f"{STAGE}: done, {summary['steps']:,} steps to {snapshot.snapshot_id}, {seconds:.1f} s")
+    return dg.MaterializeResult(
+        metadata={
+            "loss": last.get("loss", 0.0),
+            "log-ratio": last.get("log_ratio", 0.0),
+            "gradient norm": last.get("grad_norm", 0.0),
+            "optimizer steps": summary["steps"],
+            "lag, steps": last.get("lag", 0),
+            "log-probability gap": summary["logprob_gap"]["mean"],
+            "log-probability gap, largest": summary["logprob_gap"]["max_abs"],
+            "sequences": summary["sequences"],
+            "groups without variance": summary["uniform_groups"] / max(1, summary["groups"]),
+            "tokens per second": summary["tokens"] / max(1e-9, summary["seconds"]),
+            "seconds": seconds,
+            **snapshot_link(snapshot, work.run.snapshot(snapshot.snapshot_id)),
+            "parent path": dg.MetadataValue.path(str(parent)),
+            "learning by step": dg.MetadataValue.path(str(work.run.learning_log(work.round))),
+            **work.log_metadata(STAGE),
+        },
+        check_results=checks.of_policy(
+            work.run.snapshot(snapshot.snapshot_id), parent, summary, last, work.recipe.learning.max_logprob_gap
+        ),
+        data_version=dg.DataVersion(snapshot.sha256),
+    )
+
+
+def _last_step(work: Step) -> dict[str, Any]:
+    last: dict[str, Any] = {}
+    with work.run.learning_log(work.round).open(encoding="utf-8") as lines:
+        for line in lines:
+            last = json.loads(line)
+    return last
