@@ -101,19 +101,72 @@ def judge(case: Case, settings: Verification, alive: Alive) -> Outcome:
     """In a worker. `case.response` is the extracted answer, `case.answer` the bare reference."""
     assert case.answer is not None
     alive(settings.math_timeout_s)
-    reference = parse(case.answer)
-    if not reference:
+    if not balanced(case.answer) or not parse(case.answer):
         return Outcome("bad_reference", f"can't read the reference {shorten(case.answer, 200)!r}")
     if case.id == _PROBE:
         return Outcome("correct")
-    return _outcome(equal(reference, case.response), case.response, case.answer)
+    return _outcome(equal(case.answer, case.response), case.response, case.answer)
 
 
-def equal(reference: list[Any], answer: str) -> bool:
-    """Whether math-verify takes the answer for the reference (as `parse` returned it)."""
+def equal(reference: str, answer: str) -> bool:
+    """Whether the answer is the reference: by our own rules where they have a say, else by math-verify."""
+    ours = by_our_rules(reference, answer)
+    if ours is not None:
+        return ours
     from math_verify import verify
 
-    return bool(verify(reference, parse(answer), timeout_seconds=None))
+    return bool(verify(list(parse(reference)), list(parse(answer)), timeout_seconds=None))
+
+
+_TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
+_WORDS = re.compile(r"[A-Za-z][A-Za-z' -]*[A-Za-z]")
+_SHORT_WORDS = frozenset({"yes", "no", "odd", "even", "all", "one", "two", "red"})
+_CHOICE = re.compile(r"\(?([A-J])\)?")
+_CHOSEN = re.compile(r"\(?([A-Ja-j])\)?(?:[).:]\s*.*)?", re.DOTALL)
+_BASE = re.compile(r"-?[0-9A-Za-z]+(?:\.[0-9A-Za-z]+)?_\{?([0-9]{1,2})\}?")
+
+
+def by_our_rules(reference: str, answer: str) -> bool | None:
+    """Where math-verify would read letters as factors, or drop what matters (docs/verifiers.md has the cases)."""
+    plain, given = _TEXT.sub(r"\1", reference).strip(), _TEXT.sub(r"\1", answer).strip(" .$")
+    if _WORDS.fullmatch(plain) and (len(plain) >= 4 or plain.lower() in _SHORT_WORDS or plain != reference.strip()):
+        return plain.lower().split() == given.lower().split()
+    choice = _CHOICE.fullmatch(plain)
+    if choice:
+        chosen = _CHOSEN.fullmatch(given)
+        return chosen is not None and chosen.group(1).upper() == choice.group(1)
+    base, other = _BASE.fullmatch(plain), _BASE.fullmatch(given)
+    if base and other and base.group(1) != other.group(1):
+        return False
+    return None
+
+
+def balanced(text: str) -> bool:
+    """Whether its braces are: a reference cut off in the middle can't be read, though math-verify would try."""
+    depth = 0
+    for found in _BRACES.finditer(text):
+        token = found.group()
+        depth += (token == "}" and -1) or (token.endswith("{") and (len(token) == 1 or len(token) > 2))
+        if depth < 0:
+            return False
+    return depth == 0
+
+
+_SCIENTIFIC = re.compile(r"(-?[0-9]+(?:\.[0-9]+)?)[eE]([+-]?[0-9]{1,3})")
+_MIXED = re.compile(r"(-?)([0-9]+)\s+([0-9]+)\s*/\s*([0-9]+)")
+_MONEY = re.compile(r"(.*[0-9])\s*(?:dollars?|cents?|euros?|pounds?|yen|rupees?)", re.IGNORECASE)
+
+
+def normalise(text: str) -> str:
+    """The text as math-verify reads it right: see the table in docs/verifiers.md."""
+    text = text.strip().replace("\\varnothing", "\\emptyset")
+    if text.endswith(".") and not text.endswith(".."):
+        text = text[:-1].rstrip()
+    for pattern, written in ((_SCIENTIFIC, r"\1 \\cdot 10^{\2}"), (_MIXED, r"\1\2\\frac{\3}{\4}"), (_MONEY, r"\1")):
+        found = pattern.fullmatch(text)
+        if found:
+            return found.expand(written)
+    return text
 
 
 _PROBE = "\0reference"
@@ -125,12 +178,13 @@ def blame(case: Case) -> Case:
 
 
 @functools.lru_cache(maxsize=512)
-def parse(text: str) -> list[Any]:
-    """What math-verify makes of the text; empty where it can't be read."""
+def parse(text: str) -> tuple[Any, ...]:
+    """What math-verify makes of the normalised text; empty where it can't be read."""
     extraction = _extraction()
     from math_verify import parse as math_verify_parse
 
-    return list(math_verify_parse(f"\\boxed{{{text}}}", extraction_config=extraction, parsing_timeout=None))
+    boxed = f"\\boxed{{{normalise(text)}}}"
+    return tuple(math_verify_parse(boxed, extraction_config=extraction, parsing_timeout=None))
 
 
 @functools.cache
