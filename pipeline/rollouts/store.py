@@ -15,7 +15,6 @@ import bisect
 import hashlib
 import itertools
 import json
-from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -28,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.errors import RequestError, WorkError
 from pipeline.rollouts import durable
+from pipeline.rollouts.packing import Packed, logprob_flaw, pack, packed_flaw, unpack
 from pipeline.rollouts.schema import ROLLOUTS, SCHEMA_VERSION, Rollout
 
 MANIFEST = "manifest.json"
@@ -39,13 +39,15 @@ ROW_GROUP_BYTES = 16 << 20
 SHARD_BYTES = 256 << 20
 """Long completions close a row group and a shard before the rows do, so that memory stays flat."""
 
-_DICTIONARY = [
-    "snapshot_id",
-    "prompt_id",
-    "finish_reason",
-    "prompt_tokens.list.element",
-    "completion_tokens.list.element",
-]
+_DICTIONARY = ["snapshot_id", "prompt_id", "finish_reason"]
+_LEVELS = {
+    # Measured (benchmarks/store): plain token ids under zstd 3 are a quarter smaller than dictionary-encoded ones,
+    # which hide repeated phrases from zstd. Split floats are noise in three bytes of four: level 1 loses nothing.
+    "prompt_tokens.list.element": 1,
+    "completion_tokens.list.element": 1,
+    "completion": 1,
+    "logprobs.list.element": 1,
+}
 
 RESUME_IGNORES = frozenset({"recipe", "code_version", "parents"})
 """Provenance that may differ on resume: none of it changes what a prompt's completions are drawn from."""
@@ -174,36 +176,6 @@ def _differences(old: dict[str, Any], new: dict[str, Any], where: str = "") -> l
     return lines
 
 
-def _list_array(rows: Sequence[Any], code: Literal["i", "f"]) -> pa.Array:
-    """list<int32> or list<float32> out of Python lists, several times faster than pa.array(rows)."""
-    values, offsets = array(code), [0]
-    for row in rows:
-        if isinstance(row, list):
-            values.fromlist(row)
-        else:
-            values.extend(row)
-        offsets.append(len(values))
-    kind = pa.int32() if code == "i" else pa.float32()
-    flat = pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(values)])
-    return pa.ListArray.from_arrays(
-        pa.array(offsets, pa.int32()), flat, type=pa.list_(pa.field("item", kind, nullable=False))
-    )
-
-
-def as_batch(rollouts: Sequence[Rollout]) -> pa.RecordBatch:
-    """The rollouts as a batch with the schema ROLLOUTS; at most 2**31 tokens. `logprobs` are all there or all null."""
-    columns: list[pa.Array] = []
-    for field in ROLLOUTS:
-        rows = [getattr(rollout, field.name) for rollout in rollouts]
-        if field.name == "logprobs" and any(row is None for row in rows):
-            columns.append(pa.array(rows, field.type))
-        elif pa.types.is_list(field.type):
-            columns.append(_list_array(rows, "f" if pa.types.is_floating(field.type.value_type) else "i"))
-        else:
-            columns.append(pa.array(rows, field.type))
-    return pa.record_batch(columns, schema=ROLLOUTS)
-
-
 def group_starts(batch: pa.RecordBatch | pa.Table) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Offsets of the rows that begin a group: ascending, the first is 0; empty for no rows."""
     if batch.num_rows == 0:
@@ -254,13 +226,7 @@ def token_flaw(batch: pa.RecordBatch) -> str | None:
         lengths = pc.list_value_length(logprobs), pc.list_value_length(batch["completion_tokens"])
         if pc.any(pc.not_equal(*lengths)).as_py():
             return "log-probabilities and completion tokens of different lengths"
-        values = pc.list_flatten(logprobs)
-        if not pc.all(pc.is_finite(values), min_count=0).as_py():
-            return "a log-probability that is not finite"
-        greatest = pc.max(values).as_py()
-        # Log-softmax in float32 may end a rounding above zero.
-        if greatest is not None and greatest > 1e-3:
-            return f"a log-probability above zero ({greatest:.3g})"
+        return logprob_flaw(pc.list_flatten(logprobs).to_numpy(zero_copy_only=False))
     return None
 
 
@@ -280,7 +246,7 @@ class RolloutWriter:
     def __init__(self, folder: Path, provenance: Provenance, *, samples: int | None, shard_rows: int = 4096) -> None:
         self.folder = Path(folder)
         self._provenance, self._samples, self._shard_rows = provenance, samples, shard_rows
-        self._buffer: list[pa.RecordBatch] = []
+        self._buffer: list[Packed | pa.RecordBatch] = []
         self._rows = self._bytes = 0
         self._broken = False
         with durable.told_in_one_line(self.folder):
@@ -347,21 +313,26 @@ class RolloutWriter:
 
         Raises WorkError where it is not one (see `flaw`) or where the dataset has it already.
         """
-        self.add_batch(as_batch(rollouts))
+        group = pack(rollouts)
+        self._add(group, group.key if group.rows else None, packed_flaw(group, self._samples), group.rows)
 
     def add_batch(self, batch: pa.RecordBatch) -> None:
         """Takes one whole group as a batch of the schema ROLLOUTS."""
-        problem = flaw(batch, self._samples)
-        key = None if batch.num_rows == 0 else group_key(batch)
+        rows = batch.num_rows
+        self._add(batch, group_key(batch) if rows else None, flaw(batch, self._samples), rows)
+
+    def _add(
+        self, group: Packed | pa.RecordBatch, key: tuple[str, int, str] | None, problem: str | None, rows: int
+    ) -> None:
         if problem is None and key in self._keys:
             problem = "the dataset has this group already"
         if problem is not None or key is None:
             prompt = f", prompt {key[2]}" if key else ""
             raise WorkError(f"{self.folder}: group refused{prompt}: {problem}; nothing of it was written")
         self._keys.add(key)
-        self._buffer.append(batch)
-        self._rows += batch.num_rows
-        self._bytes += batch.nbytes
+        self._buffer.append(group)
+        self._rows += rows
+        self._bytes += group.nbytes
         if self._rows >= self._shard_rows or self._bytes >= SHARD_BYTES:
             self.commit()
 
@@ -384,7 +355,7 @@ class RolloutWriter:
             self._broken = True
             raise
         self.manifest = manifest
-        self.committed.update(batch["prompt_id"][0].as_py() for batch in self._buffer)
+        self.committed.update(_key(group)[2] for group in self._buffer)
         self._buffer, self._rows, self._bytes = [], 0, 0
 
     def close(self) -> None:
@@ -401,43 +372,60 @@ class RolloutWriter:
             self.close()
 
 
-def write_shard(path: Path, groups: Iterable[pa.RecordBatch], provenance: Provenance) -> Shard:
-    """Writes whole groups, each a batch, as one durable Parquet file, sorted by prompt.
+def _key(group: Packed | pa.RecordBatch) -> tuple[str, int, str]:
+    return group.key if isinstance(group, Packed) else group_key(group)
+
+
+def write_shard(path: Path, groups: Iterable[Packed | pa.RecordBatch], provenance: Provenance) -> Shard:
+    """Writes whole groups as one durable Parquet file, sorted by prompt.
 
     Row groups hold whole groups. Log-probabilities are stored with byte-stream-split (the bytes of a float's
-    exponent compress among themselves), tokens by dictionary; both then go through zstd. Each page has a checksum.
+    exponent compress among themselves), tokens as they are; both then go through zstd. Each page has a checksum.
     """
-    ordered = sorted(groups, key=lambda group: (group["prompt_id"][0].as_py(), *group_key(group)))
+    ordered = sorted(groups, key=lambda group: (_key(group)[2], *_key(group)))
+    rows = tokens = 0
     with durable.replacing(path) as temporary:
         with pq.ParquetWriter(
             temporary,
             ROLLOUTS.with_metadata(file_metadata(provenance)),
             compression="zstd",
-            compression_level=1,
+            compression_level=_LEVELS,
             use_dictionary=_DICTIONARY,
+            write_statistics=["round", *_DICTIONARY],
             use_byte_stream_split=["logprobs.list.element"],
             write_page_checksum=True,
             data_page_version="1.0",
         ) as writer:
             for part in _row_groups(ordered):
-                writer.write_table(pa.Table.from_batches(part, ROLLOUTS), row_group_size=1 << 30)
+                table = pa.Table.from_batches(part, ROLLOUTS)
+                rows += table.num_rows
+                tokens += pc.sum(pc.list_value_length(table["completion_tokens"])).as_py()
+                writer.write_table(table, row_group_size=1 << 30)
         size, digest = temporary.stat().st_size, durable.sha256_file(temporary)
-    tokens = sum(len(pc.list_flatten(group["completion_tokens"])) for group in ordered)
-    rows = sum(group.num_rows for group in ordered)
     return Shard(file=path.name, rows=rows, groups=len(ordered), bytes=size, sha256=digest, tokens=tokens)
 
 
-def _row_groups(groups: Iterable[pa.RecordBatch]) -> Iterator[list[pa.RecordBatch]]:
-    part: list[pa.RecordBatch] = []
+def _row_groups(groups: Iterable[Packed | pa.RecordBatch]) -> Iterator[list[pa.RecordBatch]]:
+    """Batches of each row group in turn."""
+    part: list[Packed | pa.RecordBatch] = []
     rows = size = 0
     for group in groups:
         part.append(group)
-        rows, size = rows + group.num_rows, size + group.nbytes
+        rows += group.rows if isinstance(group, Packed) else group.num_rows
+        size += group.nbytes
         if rows >= ROW_GROUP_ROWS or size >= ROW_GROUP_BYTES:
-            yield part
+            yield _batches(part)
             part, rows, size = [], 0, 0
     if part:
-        yield part
+        yield _batches(part)
+
+
+def _batches(groups: list[Packed | pa.RecordBatch]) -> list[pa.RecordBatch]:
+    batches: list[pa.RecordBatch] = []
+    for packed, run in itertools.groupby(groups, key=lambda group: isinstance(group, Packed)):
+        members: list[Any] = list(run)
+        batches += [unpack(members)] if packed else members
+    return batches
 
 
 def iter_batches(
@@ -457,7 +445,12 @@ def iter_batches(
         path = Path(folder) / shard.file
         try:
             yield from _shard_batches(path, names, batch_rows)
-        except (OSError, pa.ArrowException) as error:  # a damaged file is the reader's to mend: say which
+        except (
+            OSError,
+            ValueError,
+            MemoryError,
+            pa.ArrowException,
+        ) as error:  # a damaged file is the reader's to mend: say which
             reason = " ".join(str(error).split())
             raise WorkError(f"{path}: can't be read ({reason}); run `oapl rollouts validate`") from error
 

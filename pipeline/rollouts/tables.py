@@ -51,7 +51,12 @@ def parquet_batches(path: Path, columns: Sequence[str] | None, schema: pa.Schema
                 raise WorkError(f"{path}: has no column {missing[0]!r}; take the file from its source again")
             for batch in file.iter_batches(batch_size=4096, columns=names, use_threads=False):
                 yield from pa.Table.from_batches([batch]).select(names).cast(wanted).to_batches()
-    except (OSError, pa.ArrowException) as error:  # a damaged file is the reader's to mend: say which
+    except (
+        OSError,
+        ValueError,
+        MemoryError,
+        pa.ArrowException,
+    ) as error:  # a damaged file is the reader's to mend: say which
         reason = " ".join(str(error).split())
         raise WorkError(f"{path}: can't be read ({reason}); run `oapl rollouts validate`") from error
 

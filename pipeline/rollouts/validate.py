@@ -93,7 +93,12 @@ def _shard(path: Path, shard: Shard, manifest: Manifest, seen: _Seen, decode: De
                 table = file.read_row_group(number, use_threads=False)
                 yield from (Problem(shard.file, number, what) for what in _row_group(table, manifest, seen, counted))
                 yield from (Problem(shard.file, number, what) for what in _texts(table, decode))
-    except (OSError, pa.ArrowException) as error:  # damaged bytes: what they did to the reader is the finding
+    except (
+        OSError,
+        ValueError,
+        MemoryError,
+        pa.ArrowException,
+    ) as error:  # damaged bytes: what they did to the reader is the finding
         yield Problem(shard.file, number, f"can't be read: {' '.join(str(error).split())}")
         return
     seen.complete = readable

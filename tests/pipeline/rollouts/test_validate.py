@@ -15,6 +15,7 @@ from pipeline.errors import RequestError
 from pipeline.prompts import write_prompts
 from pipeline.rollouts import store
 from pipeline.rollouts.locate import locate
+from pipeline.rollouts.packing import as_batch
 from pipeline.rollouts.store import read_manifest
 from pipeline.rollouts.validate import decoder, validate
 
@@ -32,7 +33,7 @@ def test_every_flipped_byte_is_caught(tmp_path: Path) -> None:
     """Whatever byte of a shard or of the manifest is changed, in whatever way, validation finds it."""
     dataset(tmp_path, count=3)
     dice = random.Random(1)
-    for name, positions in (("part-00000.parquet", 300), ("manifest.json", 60)):
+    for name, positions in (("part-00000.parquet", 600), ("manifest.json", 60)):
         whole = (tmp_path / name).read_bytes()
         for place in dice.sample(range(len(whole)), positions):
             changed = bytearray(whole)
@@ -75,7 +76,7 @@ def rewrite(folder: Path, rows: list[list[store.Rollout]], metadata: dict[str, s
     """Replaces the first shard by one with these groups, and the manifest by one that agrees with it."""
     manifest = read_manifest(folder)
     path = folder / manifest.shards[0].file
-    batches = [store.as_batch(group) for group in rows]
+    batches = [as_batch(group) for group in rows]
     if metadata is None:
         shard = store.write_shard(path, batches, manifest.provenance)
     else:
