@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dagster as dg
 
-from assets.settings import DEFAULT_RUN, chosen
+from assets.settings import DEFAULT_RUN, chosen, partitions_name
 from pipeline.layout import round_key
 
 CHOSEN = chosen()
@@ -17,7 +17,7 @@ RECIPE = CHOSEN.settings()
 RUN_NAME = RECIPE.name
 PREFIX: list[str] = [] if RUN_NAME == DEFAULT_RUN else [RUN_NAME]
 
-rounds = dg.DynamicPartitionsDefinition(name="rounds" if not PREFIX else f"rounds_{RUN_NAME}")
+rounds = dg.DynamicPartitionsDefinition(name=partitions_name(RUN_NAME))
 
 
 def asset_key(name: str) -> dg.AssetKey:

@@ -110,9 +110,12 @@ def make_rounds(run: Run, recipe: Recipe, console: Console) -> None:
         _materialise(run, missing, console)
     found = write_report(run)
     console.print()
-    console.print(summary_table(found))
-    console.print(f"{time.monotonic() - started:.0f} s. Picture: {run.picture}")
-    console.print(f"Numbers: {run.summary}. Look around with `oapl ui --root {run.data}`.")
+    for table in summary_tables(found):
+        console.print(table)
+    console.print(f"{time.monotonic() - started:.0f} s in all", style="dim")
+    for what, where in (("Picture", run.picture), ("Numbers", run.summary), ("Page", run.page)):
+        console.print(f"{what}: {where}", soft_wrap=True)
+    console.print(f"Look around: oapl ui --root {run.data}", soft_wrap=True)
 
 
 def _is_done(run: Run, round: int) -> bool:
@@ -164,8 +167,8 @@ class _Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         meta: dict[str, Any] = getattr(record, "dagster_meta", {})
-        # What no step said is Dagster's own.
-        if meta.get("dagster_event") is not None or meta.get("step_key") is None or record.levelno < logging.INFO:
+        # Steps speak at INFO; everything else is Dagster's own.
+        if meta.get("dagster_event") is not None or record.levelno != logging.INFO:
             return
         text = f"{self._what} · {meta.get('orig_message', record.getMessage())}"
         if self._status is not None and (PASSING.search(text) or ": started;" in text):
@@ -188,6 +191,8 @@ def _error_of(result: dg.ExecuteInProcessResult, run: Run) -> OaplError:
                 kind = RequestError if code is not None and code.value == RequestError.exit_code else WorkError
                 return kind(failure.description)
             error = event.step_failure_data.error
+            if error is not None and error.cls_name == "DagsterExecutionInterruptedError":
+                raise KeyboardInterrupt
             words = _innermost(error) if error else "no reason was recorded"
             return WorkError(f"{event.step_key}: {words}; the whole story is in {run.path / 'logs' / 'dagster.log'}")
     return WorkError(f"the round was not finished; see {run.path / 'logs' / 'dagster.log'}")
@@ -199,33 +204,44 @@ def _innermost(error: Any) -> str:
     return " ".join(str(error.message).split())
 
 
-def summary_table(found: list[dict[str, Any]]) -> Table:
-    """The report's entries for a terminal: pass@k with 95 % intervals, then each task's pass@1, reward and seconds."""
-    from rich.table import Table
-
-    table = Table(title="Held-out pass@k, 95 % intervals", title_justify="left", header_style="bold", pad_edge=False)
+def summary_tables(found: list[dict[str, Any]]) -> Iterator[Table]:
+    """The report's entries for a terminal of 80 columns: how well the policy does, then what the rounds took."""
     ks = list(found[0]["eval"]) if found else []
     tasks = list(found[0]["eval_by_task"]) if found else []
-    table.add_column("round")
-    for head in ("step", *(f"pass@{k}" for k in ks), *(f"pass@{ks[0]}\n{task}" for task in tasks)):
-        table.add_column(head, justify="right")
-    for head in ("reward", *(f"{stage}\ns" for stage in STAGES)):
-        table.add_column(head, justify="right")
+    heads = [f"pass@{ks[0]}\n{name}" for name in _ends(tasks)] if len(tasks) > 1 else []
+    scores = _table("Held-out pass@k with 95 % intervals", ["round", "step", *(f"pass@{k}" for k in ks), *heads])
+    costs = _table(
+        "What each round learned from, and seconds a stage", ["round", "snapshot", "rollouts", "reward", *STAGES]
+    )
     for entry in found:
-        table.add_row(*_cells(entry, ks, tasks))
+        estimates = [_estimate(entry["eval"][k], entry["ci"][k]) for k in ks]
+        if heads:
+            by_task, spans = entry["eval_by_task"], entry["ci_by_task"]
+            estimates += [_estimate(by_task[task][ks[0]], spans[task][ks[0]]) for task in tasks]
+        scores.add_row(name_of(entry["round"]), f"{entry['step']:,}", *estimates)
+        reward = "–" if entry["reward_mean"] is None else f"{entry['reward_mean']:.3f}"
+        seconds = [f"{entry['seconds'][stage]:.1f}" for stage in STAGES]
+        costs.add_row(name_of(entry["round"]), entry["snapshot_id"], f"{entry['generated']:,}", reward, *seconds)
+    yield scores
+    yield costs
+
+
+def _ends(names: list[str]) -> list[str]:
+    """The names without what stands before the first hyphen, where that is the same in all of them."""
+    parted = [name.partition("-") for name in names]
+    alike = len({first for first, _, _ in parted}) == 1 and all(end for _, _, end in parted)
+    return [end for _, _, end in parted] if alike else names
+
+
+def _table(title: str, heads: list[str]) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="dim")
+    table.box, table.pad_edge, table.padding = SIMPLE_HEAD, False, (0, 1, 0, 0)
+    for number, head in enumerate(heads):
+        table.add_column(head, justify="right" if number else "left", no_wrap=True)
     return table
-
-
-def _cells(entry: dict[str, Any], ks: list[str], tasks: list[str]) -> Iterator[str]:
-    yield name_of(entry["round"])
-    yield f"{entry['step']:,}"
-    for k in ks:
-        yield _estimate(entry["eval"][k], entry["ci"][k])
-    for task in tasks:
-        yield _estimate(entry["eval_by_task"][task][ks[0]], entry["ci_by_task"][task][ks[0]])
-    yield "–" if entry["reward_mean"] is None else f"{entry['reward_mean']:.3f}"
-    for stage in STAGES:
-        yield f"{entry['seconds'][stage]:.1f}"
 
 
 def _estimate(mean: float, span: tuple[float, float]) -> str:

@@ -20,6 +20,11 @@ from pipeline.runs import open_run, run_recipe
 DEFAULT_RUN = "tiny"
 
 
+def partitions_name(run: str) -> str:
+    """Name of the dynamic partitions that are the run's rounds."""
+    return "rounds" if run == DEFAULT_RUN else f"rounds_{run}"
+
+
 @dataclass(frozen=True, slots=True)
 class Chosen:
     """A recipe, and the data folder that its run lies in."""

@@ -48,17 +48,21 @@ def _pass_at_k(axis: Any, entries: Sequence[dict[str, Any]], task: str | None) -
     names = _names(entries)
     means = [entry["eval"] if task is None else entry["eval_by_task"][task] for entry in entries]
     spans = [entry["ci"] if task is None else entry["ci_by_task"][task] for entry in entries]
-    for colour, k in zip(COLOURS, means[0] if means else [], strict=False):
+    ks = list(means[0]) if means else []
+    for number, (colour, k) in enumerate(zip(COLOURS, ks, strict=False)):
         middle = [mean[k] for mean in means]
+        # A little beside each other, so that the intervals can be told apart.
+        places = [place + 0.06 * (number - (len(ks) - 1) / 2) for place in range(len(names))]
         low = [m - span[k][0] for m, span in zip(middle, spans, strict=True)]
         high = [span[k][1] - m for m, span in zip(middle, spans, strict=True)]
         axis.errorbar(
-            range(len(names)), middle, (low, high), color=colour, marker="o", markersize=4, capsize=3, label=f"pass@{k}"
+            places, middle, (low, high), color=colour, marker="o", markersize=4, capsize=2.5, label=f"pass@{k}"
         )
+    axis.set_xlim(-0.4, max(1, len(names)) - 0.6)
     axis.set_ylim(0, 1.03)
     _by_round(axis, names, "Held-out pass@k, " + ("all prompts" if task is None else task))
     if means:
-        axis.legend(frameon=False, fontsize=8, loc="lower right")
+        axis.legend(frameon=False, fontsize=8, loc="lower right", ncols=len(ks))
 
 
 def _data(axis: Any, entries: Sequence[dict[str, Any]]) -> None:
@@ -74,18 +78,22 @@ def _data(axis: Any, entries: Sequence[dict[str, Any]]) -> None:
         range(len(names)), lengths, color=COLOURS[1], marker="s", markersize=4, linestyle="--", label="mean tokens"
     )
     other.set_ylim(0, max((value for value in lengths if value == value), default=1.0) * 1.3)
+    other.set_ylabel("tokens a completion", fontsize=8, color=FAINT)
+    axis.set_ylabel("reward", fontsize=8, color=FAINT)
     other.tick_params(colors=FAINT, labelsize=8, length=0)
     other.spines[:].set_visible(False)
-    axis.legend(handles=[reward, length], frameon=False, fontsize=8, loc="lower right")
+    axis.legend(handles=[reward, length], frameon=False, fontsize=8, loc="lower right", ncols=2)
 
 
 def _steps(axis: Any, curves: Sequence[Curve], name: str, title: str) -> None:
     for number, curve in enumerate(curves):
         colour = COLOURS[number % len(COLOURS)]
         values = getattr(curve, name)
-        axis.plot(curve.steps, values, color=colour, linewidth=0.8, alpha=0.35)
+        axis.plot(curve.steps, values, color=colour, linewidth=0.8, alpha=0.35, marker="." if len(values) < 5 else None)
         axis.plot(curve.steps, _smoothed(values), color=colour, linewidth=1.8, label=f"round {curve.round}")
     _plain(axis, title)
+    axis.set_xlabel("optimizer step", fontsize=8, color=FAINT)
+    axis.xaxis.get_major_locator().set_params(integer=True)
     if 1 < len(curves) <= len(COLOURS):
         axis.legend(frameon=False, fontsize=8)
 
