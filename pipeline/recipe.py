@@ -221,7 +221,11 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not equals or not leaf:
         raise RequestError(f"--set {override!r}: expected key.path=value, such as learning.beta2=0.1")
     for folder in folders:
-        tree = tree.setdefault(folder, {}) if isinstance(tree.get(folder, {}), dict) else {}
+        if tree.get(folder) is None:
+            tree[folder] = {}
+        if not isinstance(tree[folder], dict):
+            raise RequestError(f"--set {override!r}: {folder} is a single value and has no settings below it")
+        tree = tree[folder]
     try:
         tree[leaf] = _number_or_text(yaml.safe_load(value))
     except yaml.YAMLError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ class VllmEngine:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(settings.kv_cache_gib))))
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+            # vLLM compiles a few helpers through TorchInductor, which needs a C++ compiler on a CPU and dies without.
+            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         try:
             import vllm
             from vllm import EngineArgs

@@ -1,0 +1,54 @@
+# Two commands are enough: `make demo` and `make test`. Each sets up .venv first where it is missing.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+TORCH := $(shell sed -n 's/^torch==/torch==/p' requirements/cpu.txt)
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --no-deps
+SEED ?= 0
+PORT ?= 3000
+
+.PHONY: setup demo test check format ui bench lock clean
+
+setup: $(READY)
+
+# --no-deps: the lock is complete, and it leaves out torchvision, torchaudio and torchcodec, which vLLM asks for
+# and which do not fit this build of PyTorch. PyTorch's CPU wheels lie on an index of their own.
+$(READY): requirements/cpu.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "oapl needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	@echo "Setting up .venv (some minutes; about 2 GB)"
+	@$(PYTHON) -m venv .venv
+	@$(PIP) "$(TORCH)" 2>/dev/null || $(PIP) --index-url https://download.pytorch.org/whl/cpu "$(TORCH)"
+	@$(PIP) -r requirements/cpu.txt
+	@$(PIP) -r requirements/compiled.txt 2>/dev/null || echo "No C compiler: reasoning-gym's tasks are left out; all else works."
+	@$(PIP) -e .
+	@touch $@
+
+demo: setup
+	@$(BIN)/oapl run --recipe tiny --set seed=$(SEED) --root $(if $(filter 0,$(SEED)),data,data/seed-$(SEED))
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+ui: setup
+	$(BIN)/oapl ui --port $(PORT)
+
+bench: setup
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+# Writes the lock anew from what is installed in .venv.
+lock:
+	$(BIN)/python -m pip --disable-pip-version-check freeze --exclude-editable \
+		| grep -viE '^(torchvision|torchaudio|torchcodec|pycosat|oapl|pip|wheel|triton)\b' > requirements/cpu.txt
+
+clean:
+	rm -rf .venv build *.egg-info
