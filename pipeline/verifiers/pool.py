@@ -32,8 +32,8 @@ REMEMBERED = 1 << 16
 """Verdicts kept for equal pairs."""
 SHARED = 1 << 14
 """Cases that may wait for another one's verdict."""
-FIRST_WORD_S = 120.0
-"""Until a worker says how long its case may take: it may have to import math-verify first."""
+FIRST_WORD_S = 10.0
+"""Until a worker says how long its case may take, or that it has to import math-verify first."""
 
 
 @dataclass(slots=True)
@@ -57,6 +57,8 @@ class _Worker:
     jobs: deque[_Job] = field(default_factory=deque)
     deadline: float = 0.0
     began: float = 0.0
+    allowed: float = 0.0
+    """Seconds of silence that the worker asked for last."""
 
 
 def worker_count(workers: int) -> int:
@@ -229,7 +231,7 @@ class Pool:
         while self._waiting and self._waiting[0].verifier is first and len(worker.jobs) < min(first.batch, share):
             worker.jobs.append(self._waiting.popleft())
         worker.began = time.monotonic()
-        worker.deadline = worker.began + FIRST_WORD_S
+        worker.deadline = worker.began + max(FIRST_WORD_S, worker.allowed)
         try:
             worker.pipe.send_bytes(json.dumps([asdict(job.case) for job in worker.jobs]).encode())
         except OSError:
@@ -239,23 +241,28 @@ class Pool:
         busy = [worker for worker in self._workers if worker.jobs]
         wait = min((worker.deadline for worker in busy), default=0.0) - time.monotonic()
         for key, _ in self._selector.select(max(0.0, min(wait, 1.0))):
-            self._hear(key.data)
+            worker = key.data
+            while worker in self._workers and self._hear(worker) and worker.pipe.poll():
+                pass
         now = time.monotonic()
         for worker in busy:
             if worker.jobs and now >= worker.deadline and worker in self._workers and not worker.pipe.poll():
                 self._late(worker)
 
-    def _hear(self, worker: _Worker) -> None:
+    def _hear(self, worker: _Worker) -> bool:
+        """One message of the worker's; False where it died instead."""
         try:
             word, what = json.loads(worker.pipe.recv_bytes())
         except (EOFError, OSError, ValueError):
             self._died(worker)
-            return
-        now = time.monotonic()
+            return False
+        worker.began = time.monotonic()
         if word == "alive":
-            worker.began, worker.deadline = now, now + what
-            return
-        worker.deadline = now + FIRST_WORD_S
+            worker.allowed = what
+            worker.deadline = worker.began + what
+            return True
+        # The next case of the batch may take as long, unless it says otherwise.
+        worker.deadline = worker.began + worker.allowed
         job = worker.jobs.popleft()
         if not worker.jobs:
             self._idle.append(worker)
@@ -266,6 +273,7 @@ class Pool:
             if outcome.status != "bad_reference":
                 outcome = Outcome("timeout", f"no verdict after {wall_ms / 1000:.1f} s")
         self._finish(job, outcome, wall_ms)
+        return True
 
     def _late(self, worker: _Worker) -> None:
         """Ends a worker whose case takes too long; the cases behind it go to the next one."""

@@ -24,6 +24,8 @@ from typing import Any
 
 from pipeline.verifiers.cases import Case, Outcome, Verifier, shorten
 
+IMPORT_S = 120.0
+"""How long a worker may take to import math-verify, on a machine under load."""
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -62,25 +64,50 @@ def _serve(fd: int) -> None:
     pool = Connection(fd)
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         settings = SimpleNamespace(**json.loads(pool.recv_bytes()))
+        line = _Line(pool)
         while True:
-            for fields in json.loads(pool.recv_bytes()):
-                _judge(pool, Case(**fields), settings)
+            for fields in line.batch():
+                _judge(line, Case(**fields), settings)
 
 
-def _judge(pool: Connection, case: Case, settings: Any) -> None:
+class _Line:
+    """What the worker says to the pool. The pool lets a case take as long as the last one was allowed, so what
+    repeats that at the start of a case is left out."""
+
+    def __init__(self, pool: Connection) -> None:
+        self._pool = pool
+        self._allowed = 0.0
+        self._starting = False
+        self.known: set[str] = set()
+        """Tasks whose modules are imported."""
+
+    def batch(self) -> list[dict[str, Any]]:
+        """The fields of the next cases."""
+        self._starting = False
+        return list(json.loads(self._pool.recv_bytes()))
+
+    def alive(self, seconds: float) -> None:
+        if not (self._starting and seconds == self._allowed):
+            self._pool.send_bytes(json.dumps(["alive", seconds]).encode())
+        self._allowed, self._starting = seconds, False
+
+    def done(self, outcome: Outcome, wall_ms: float) -> None:
+        self._pool.send_bytes(json.dumps(["done", {**asdict(outcome), "wall_ms": wall_ms}]).encode())
+        self._starting = True
+
+
+def _judge(line: _Line, case: Case, settings: Any) -> None:
     from pipeline.verifiers import find_verifier
 
+    if case.task not in line.known:
+        line.alive(IMPORT_S)
+        for module in find_verifier(case.task).preload:
+            importlib.import_module(module)
+        line.known.add(case.task)
     verifier = find_verifier(case.task)
-    for module in verifier.preload:
-        importlib.import_module(module)
-    _tell(pool, "alive", 60.0)
-
-    def alive(seconds: float) -> None:
-        _tell(pool, "alive", seconds)
-
     began = time.perf_counter()
-    outcome = _limited(verifier, case, settings, alive)
-    _tell(pool, "done", {**asdict(outcome), "wall_ms": (time.perf_counter() - began) * 1000})
+    outcome = _limited(verifier, case, settings, line.alive)
+    line.done(outcome, (time.perf_counter() - began) * 1000)
 
 
 def _limited(verifier: Verifier, case: Case, settings: Any, alive: Any) -> Outcome:
@@ -94,10 +121,6 @@ def _limited(verifier: Verifier, case: Case, settings: Any, alive: Any) -> Outco
         return Outcome("crashed", shorten(f"{type(error).__name__}: {error}", 300))
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-
-def _tell(pool: Connection, word: str, what: Any) -> None:
-    pool.send_bytes(json.dumps([word, what]).encode())
 
 
 if __name__ == "__main__":
