@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dagster as dg
 
-from assets.rounds import RUN_NAME, asset_key, rounds
+from assets.rounds import RUN_NAME, asset_key
 
 TAGS = {"oapl/run": RUN_NAME}
 
@@ -18,7 +18,6 @@ def _job(name: str, assets: list[str], description: str) -> dg.UnresolvedAssetJo
         name,
         selection=dg.AssetSelection.assets(*(asset_key(asset) for asset in assets)),
         description=description,
-        partitions_def=rounds,
         executor_def=dg.in_process_executor,
         tags=TAGS,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,9 @@ from pipeline.errors import OaplError, RequestError
 from pipeline.layout import Run
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.report import note_stage
+
+RETRIES = dg.RetryPolicy(max_retries=1, delay=5, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS)
+"""A device that was lost for a moment should not cost a night; what was committed before is not made again."""
 
 
 class RunFolder(dg.ConfigurableResource):  # type: ignore[type-arg]
@@ -98,13 +102,28 @@ def step(context: dg.AssetExecutionContext, folder: RunFolder, config: StepConfi
         run, recipe = folder.open()
         if config is not None and (overrides := config.overrides()):
             recipe = load_recipe(str(run.recipe), overrides)
-        yield Step(context, run, recipe, int(context.partition_key) if context.has_partition_key else 0)
+        round = int(context.partition_key) if context.has_partition_key else 0
+        with _alone(run, context.asset_key.path[-1], round):
+            yield Step(context, run, recipe, round)
     except OaplError as error:
         raise dg.Failure(
             description=str(error),
             metadata={"exit_code": error.exit_code},
             allow_retries=error.exit_code != RequestError.exit_code,
         ) from None
+
+
+@contextlib.contextmanager
+def _alone(run: Run, asset: str, round: int) -> Iterator[None]:
+    """One step at a time makes an asset of a round, whoever launched it; a lock ends with its process."""
+    place = run.stages(round).with_suffix(f".{asset}.lock")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with place.open("w", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RequestError(f"{asset} of round {round} is being made by another run; wait for it") from None
+        yield
 
 
 def _refuse_nonsense(context: dg.AssetExecutionContext, folder: RunFolder) -> None:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 PASSING = re.compile(r" s left$")
 """A line that the next one replaces, on a terminal."""
 INTERRUPTED = 130
+RUN_TAG, STARTED_BY = "oapl/run", "oapl/started by"
 
 
 def main() -> int:
@@ -134,6 +135,7 @@ def _materialise(run: Run, missing: list[int], console: Console) -> None:
 
     job = defs.resolve_job_def("whole_round")
     with dg.DagsterInstance.get() as instance:
+        _settle_older_runs(instance, run)
         for round in missing:
             rounds.open_rounds(instance, round)
             with _progress(console, f"round {round_key(round)}", terminal.NAME):
@@ -142,10 +144,24 @@ def _materialise(run: Run, missing: list[int], console: Console) -> None:
                     partition_key=round_key(round),
                     raise_on_error=False,
                     run_config={"loggers": {"terminal": {}}},
-                    tags={"oapl/run": run.name, "oapl/started by": "oapl run"},
+                    tags={RUN_TAG: run.name, STARTED_BY: "oapl run"},
                 )
             if not result.success:
                 raise _error_of(result, run)
+
+
+def _settle_older_runs(instance: dg.DagsterInstance, run: Run) -> None:
+    """Fails what a killed `oapl run` left as started; refuses to go on beside a round that the UI launched."""
+    import dagster as dg
+
+    started = dg.RunsFilter(tags={RUN_TAG: run.name}, statuses=[dg.DagsterRunStatus.STARTED])
+    for old in instance.get_runs(started):
+        if STARTED_BY not in old.tags:
+            raise RequestError(
+                f"round {old.tags.get('dagster/partition')} of run {run.name} is being made from the UI; wait for it"
+            )
+        # The lock that a live one would hold is ours.
+        instance.report_run_failed(old, "the process of `oapl run` is gone")
 
 
 @contextlib.contextmanager

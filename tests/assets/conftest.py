@@ -1,0 +1,20 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from asset_world import HERE, World, run_rounds, write_recipe
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    folder = tmp_path_factory.mktemp("world")
+    recipe = write_recipe(folder)
+    made = run_rounds("--root", str(folder / "data"), "--recipe", str(recipe))
+    assert made.returncode == 0, made.stderr
+    before = dict(os.environ)
+    os.environ |= {"OAPL_ROOT": str(folder / "data"), "OAPL_RECIPE": str(recipe), "PYTHONPATH": str(HERE)}
+    yield World(folder / "data", recipe, made.stderr)
+    os.environ.clear()
+    os.environ |= before
