@@ -5,6 +5,7 @@ from __future__ import annotations
 import dagster as dg
 from dagster._loggers import colored_console_logger
 
+from assets.automation import known_rounds, next_round, nightly_retraining, report_failures
 from assets.frozen_policy import frozen_policy
 from assets.jobs import JOBS
 from assets.pass_at_k import pass_at_k
@@ -22,6 +23,8 @@ ASSETS = [prompt_set, frozen_policy, rollouts, verdicts, rollout_dataset, traine
 defs = dg.Definitions(
     assets=ASSETS,
     jobs=JOBS,
+    schedules=[nightly_retraining],
+    sensors=[next_round, known_rounds, report_failures],
     resources={"run_folder": RunFolder(root=str(CHOSEN.root), recipe=CHOSEN.recipe, overrides=list(CHOSEN.overrides))},
     loggers={"console": colored_console_logger, "terminal": terminal},
     executor=dg.in_process_executor,

@@ -1,0 +1,129 @@
+"""Rounds that open by themselves: after one another, or at night; and word of those that failed.
+
+Whoever opens a round asks `why_not` first, and names the run of Dagster by the round: no round is opened twice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import urllib.request
+
+import dagster as dg
+
+from assets.jobs import TAGS, whole_round
+from assets.rounds import CHOSEN, RUN_NAME, open_rounds, rounds
+from pipeline import snapshots
+from pipeline.layout import Run, round_key
+
+CRON = os.environ.get("OAPL_CRON") or "0 2 * * *"
+TIME_ZONE = os.environ.get("OAPL_TIME_ZONE") or "UTC"
+WEBHOOK = "OAPL_WEBHOOK"
+PARTITION = "dagster/partition"
+UNFINISHED = [
+    dg.DagsterRunStatus.QUEUED,
+    dg.DagsterRunStatus.NOT_STARTED,
+    dg.DagsterRunStatus.STARTING,
+    dg.DagsterRunStatus.STARTED,
+    dg.DagsterRunStatus.CANCELING,
+]
+WEBHOOK_TIMEOUT_S = 10
+
+
+def newest_round(run: Run) -> int:
+    """The last round that has been begun, -1 before the first."""
+    begun = run.rounds()
+    return begun[-1] if begun else -1
+
+
+def why_not(instance: dg.DagsterInstance, run: Run) -> str | None:
+    """Why the next round must not be opened now; null where it may be."""
+    working = instance.get_runs(dg.RunsFilter(tags=TAGS, statuses=UNFINISHED), limit=1)
+    if working:
+        return f"run {working[0].run_id[:8]} is working on round {working[0].tags.get(PARTITION, '?')}"
+    last = newest_round(run)
+    if last >= 0 and snapshots.newest(run, last) is None:
+        return f"nothing is new since round {last} was opened: it has not published its policy; finish it first"
+    return None
+
+
+def _request(instance: dg.DagsterInstance, run: Run) -> dg.RunRequest:
+    number = newest_round(run) + 1
+    open_rounds(instance, number)
+    return dg.RunRequest(
+        run_key=f"{run.name}/{round_key(number)}",
+        partition_key=round_key(number),
+        tags={"oapl/started by": "automation"},
+    )
+
+
+@dg.sensor(job=whole_round, minimum_interval_seconds=15, default_status=dg.DefaultSensorStatus.STOPPED)
+def next_round(context: dg.SensorEvaluationContext) -> dg.RunRequest | dg.SkipReason:
+    """Opens round k+1 when round k has published its policy, until the run has the recipe's number of rounds."""
+    run, recipe = CHOSEN.open()
+    number = newest_round(run) + 1
+    if number == 0:
+        return dg.SkipReason("no round was begun; launch round 0000")
+    if number >= recipe.rounds:
+        return dg.SkipReason(f"all {recipe.rounds} rounds of the recipe are made")
+    reason = why_not(context.instance, run)
+    return dg.SkipReason(reason) if reason else _request(context.instance, run)
+
+
+@dg.schedule(
+    job=whole_round,
+    cron_schedule=CRON,
+    execution_timezone=TIME_ZONE,
+    default_status=dg.DefaultScheduleStatus.STOPPED,
+)
+def nightly_retraining(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
+    """Opens the next round, whatever their number; skips while one is being made, or where nothing is new."""
+    run, _ = CHOSEN.open()
+    reason = why_not(context.instance, run)
+    return dg.SkipReason(reason) if reason else _request(context.instance, run)
+
+
+@dg.sensor(minimum_interval_seconds=30, default_status=dg.DefaultSensorStatus.RUNNING)
+def known_rounds(context: dg.SensorEvaluationContext) -> dg.SensorResult:
+    """Keeps a partition for each round in the data folder, and for the next; files may come from elsewhere."""
+    number = newest_round(Run(CHOSEN.root, RUN_NAME)) + 1
+    there = set(context.instance.get_dynamic_partitions(str(rounds.name)))
+    missing = [key for key in map(round_key, range(number + 1)) if key not in there]
+    if not missing:
+        return dg.SensorResult(skip_reason=f"rounds up to {round_key(number)} can be launched")
+    return dg.SensorResult(dynamic_partitions_requests=[rounds.build_add_request(missing)])
+
+
+@dg.run_failure_sensor(
+    name="report_failures",
+    description=f"Posts a JSON object about each failed run to the address in ${WEBHOOK}.",
+    minimum_interval_seconds=15,
+    default_status=dg.DefaultSensorStatus.RUNNING if os.environ.get(WEBHOOK) else dg.DefaultSensorStatus.STOPPED,
+)
+def report_failures(context: dg.RunFailureSensorContext) -> None:
+    if context.dagster_run.tags.get("oapl/run") != RUN_NAME:
+        return
+    address = os.environ.get(WEBHOOK)
+    if not address:
+        raise dg.Failure(f"${WEBHOOK} is not set; give it an address, or turn this sensor off")
+    failed = context.dagster_run
+    word = {
+        "text": f"{RUN_NAME}: {failed.job_name} of round {failed.tags.get(PARTITION, '?')} failed: {_why(context)}",
+        "run": RUN_NAME,
+        "round": failed.tags.get(PARTITION),
+        "job": failed.job_name,
+        "run_id": failed.run_id,
+        "reason": _why(context),
+    }
+    request = urllib.request.Request(address, json.dumps(word).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=WEBHOOK_TIMEOUT_S):
+        context.log.info(f"reported run {failed.run_id}")
+
+
+def _why(context: dg.RunFailureSensorContext) -> str:
+    """The first failed step's own line, else what Dagster says."""
+    for event in context.get_step_failure_events():
+        data = event.step_failure_data.user_failure_data
+        if data is not None and data.description:
+            return data.description
+    return " ".join((context.failure_event.message or "").split())
