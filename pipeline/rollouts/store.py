@@ -16,6 +16,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -36,7 +37,7 @@ GROUP_KEY = ("snapshot_id", "round", "prompt_id")
 
 ROW_GROUP_ROWS = 512
 ROW_GROUP_BYTES = 16 << 20
-SHARD_BYTES = 256 << 20
+SHARD_BYTES = 128 << 20
 """Long completions close a row group and a shard before the rows do, so that memory stays flat."""
 
 _DICTIONARY = ["snapshot_id", "prompt_id", "finish_reason"]
@@ -233,22 +234,25 @@ def token_flaw(batch: pa.RecordBatch) -> str | None:
 class RolloutWriter:
     """Appends whole groups to a folder's dataset; a context manager that holds the folder's lock.
 
-    A shard is committed when it holds at least `shard_rows` rows. Leaving the context commits the rest, also
-    with an exception: a group that is whole is worth keeping. `samples` None admits groups of any size.
+    A shard is written when it holds at least `shard_rows` rows, by a thread of its own while the next groups come in;
+    no second one is begun before it is committed, so that memory holds two shards at most. Leaving the context commits
+    the rest, also with an exception: a group that is whole is worth keeping. `samples` None admits groups of any size.
 
     Raises RequestError where another writer holds the folder, or where a dataset of other settings is there
     (it names the difference), and WorkError where the file system refuses; what was committed stays valid.
     """
 
     committed: set[str]
-    """prompt_ids whose whole group is in the manifest."""
+    """prompt_ids whose whole group is in the manifest; it grows as shards are committed."""
 
     def __init__(self, folder: Path, provenance: Provenance, *, samples: int | None, shard_rows: int = 4096) -> None:
         self.folder = Path(folder)
         self._provenance, self._samples, self._shard_rows = provenance, samples, shard_rows
         self._buffer: list[Packed | pa.RecordBatch] = []
         self._rows = self._bytes = 0
-        self._broken = False
+        self._writing: tuple[Future[Manifest], set[str]] | None = None
+        self._failed = False
+        self._thread = ThreadPoolExecutor(1, "rollout-shard")
         with durable.told_in_one_line(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = durable.FolderLock(self.folder)
@@ -334,32 +338,53 @@ class RolloutWriter:
         self._rows += rows
         self._bytes += group.nbytes
         if self._rows >= self._shard_rows or self._bytes >= SHARD_BYTES:
-            self.commit()
+            self._hand_over()
+        elif self._writing is not None and self._writing[0].done():
+            self._settle()
 
     def commit(self) -> None:
-        """Makes a shard of what is buffered, now. Raises WorkError where the file system refuses."""
-        if not self._buffer or self._broken:
+        """Makes a shard of what is buffered, and returns when it is in the manifest.
+
+        Raises WorkError where the file system refuses, also for a shard that was begun before.
+        """
+        self._hand_over()
+        self._settle()
+
+    def _hand_over(self) -> None:
+        """Has the buffered groups written by the one background thread, while the caller goes on generating."""
+        self._settle()
+        if self._buffer:
+            groups, self._buffer, self._rows, self._bytes = self._buffer, [], 0, 0
+            self._writing = self._thread.submit(self._write, groups), {_key(group)[2] for group in groups}
+
+    def _settle(self) -> None:
+        """Waits for the shard that is being written, if any, and takes over what came of it."""
+        if self._failed:
+            raise WorkError(f"{self.folder}: a shard could not be written before; begin again, and it resumes")
+        if self._writing is None:
             return
+        (future, prompts), self._writing, self._failed = self._writing, None, True
         try:
-            if self._identity() != self._opened:
-                raise FileNotFoundError("the folder is not the one that was opened: was it unmounted or replaced?")
-            number = 1 + max((int(shard.file[5:-8]) for shard in self.manifest.shards), default=-1)
-            shard = write_shard(self.folder / f"part-{number:05d}.parquet", self._buffer, self._provenance)
-            manifest = self.manifest.with_shard(shard)
-            manifest.save(self.folder)
+            self.manifest = future.result()
         except OSError as error:  # a full disk or a lost mount: people need the line, not the stack
-            self._broken = True
             kept = f" ({self.manifest.rows} rows in {len(self.manifest.shards)} shards are committed and stay valid)"
             raise durable.work_error(self.folder, error, kept) from error
-        except BaseException:
-            self._broken = True
-            raise
-        self.manifest = manifest
-        self.committed.update(_key(group)[2] for group in self._buffer)
-        self._buffer, self._rows, self._bytes = [], 0, 0
+        self._failed = False
+        self.committed |= prompts
+
+    def _write(self, groups: list[Packed | pa.RecordBatch]) -> Manifest:
+        """The manifest with one more shard, durably; runs in the background thread."""
+        if self._identity() != self._opened:
+            raise FileNotFoundError("the folder is not the one that was opened: was it unmounted or replaced?")
+        number = 1 + max((int(shard.file[5:-8]) for shard in self.manifest.shards), default=-1)
+        shard = write_shard(self.folder / f"part-{number:05d}.parquet", groups, self._provenance)
+        manifest = self.manifest.with_shard(shard)
+        manifest.save(self.folder)
+        return manifest
 
     def close(self) -> None:
-        """Gives the folder back without committing what is buffered."""
+        """Gives the folder back without committing what is buffered; a shard that is being written is finished."""
+        self._thread.shutdown()
         self._lock.release()
 
     def __enter__(self) -> Self:
@@ -367,7 +392,8 @@ class RolloutWriter:
 
     def __exit__(self, *_: object) -> None:
         try:
-            self.commit()
+            if not self._failed:
+                self.commit()
         finally:
             self.close()
 

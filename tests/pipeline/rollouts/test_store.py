@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -112,11 +113,31 @@ def test_committed_grows_with_each_shard_and_not_before(tmp_path: Path) -> None:
     with RolloutWriter(tmp_path, provenance(), samples=4, shard_rows=8) as writer:
         writer.add_group(group(0))
         assert writer.committed == set() and read_manifest(tmp_path).rows == 0
-        writer.add_group(group(1))
-        assert len(writer.committed) == 2 and read_manifest(tmp_path).rows == 8
+        writer.add_group(group(1))  # a full shard: it is written while the next groups come in
+        deadline = time.monotonic() + 20
+        while read_manifest(tmp_path).rows != 8 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert read_manifest(tmp_path).rows == 8
         writer.add_group(group(2))
         writer.commit()
         assert len(writer.committed) == 3 and read_manifest(tmp_path).rows == 12
+
+
+def test_a_writer_whose_shard_failed_takes_nothing_more(tmp_path: Path) -> None:
+    """What it could not write is not forgotten, nor written after a gap: it says so each time, and resume mends it."""
+    folder, away = tmp_path / "rollouts", tmp_path / "away"
+    writer = RolloutWriter(folder, provenance(), samples=4, shard_rows=8)
+    writer.add_group(group(0))
+    folder.rename(away)
+    with pytest.raises(
+        WorkError, match=r"the folder is gone; mount or make it again \(0 rows in 0 shards are committed"
+    ):
+        writer.commit()
+    away.rename(folder)
+    with pytest.raises(WorkError, match="a shard could not be written before; begin again, and it resumes"):
+        writer.commit()
+    writer.close()
+    assert write(folder, count=2).groups == 2
 
 
 def test_an_exception_still_commits_the_groups_that_are_whole(tmp_path: Path) -> None:

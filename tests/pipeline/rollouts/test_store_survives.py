@@ -127,10 +127,12 @@ folder, change = sys.argv[1:]
 writer = RolloutWriter(Path(folder), provenance(), samples=4, shard_rows=8)
 for number in range(6):
     writer.add_group(group(number))
+writer.commit()
 os.system(change)
 try:
     for number in range(6, 12):
         writer.add_group(group(number))
+    writer.commit()
 except WorkError as error:
     print(error)
 """
