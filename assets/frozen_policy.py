@@ -6,12 +6,12 @@ from assets.config import FreezeConfig
 from assets.instance import LEARNER_POOL
 from assets.metadata import Made, snapshot_link
 from assets.resources import RunFolder, Step, step
-from assets.rounds import PREFIX, asset_key, rounds
+from assets.rounds import GROUP, PREFIX, asset_key, rounds
 from pipeline import snapshots
 from pipeline.report import START
 
 
-@dg.asset(key_prefix=PREFIX, partitions_def=rounds, group_name="policy", kinds={"huggingface"}, pool=LEARNER_POOL)
+@dg.asset(key_prefix=PREFIX, partitions_def=rounds, group_name=GROUP, kinds={"huggingface"}, pool=LEARNER_POOL)
 def frozen_policy(context: dg.AssetExecutionContext, run_folder: RunFolder, config: FreezeConfig) -> Made:
     """The snapshot that the round is generated with: the head of a round.
 

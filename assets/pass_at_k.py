@@ -8,7 +8,7 @@ from assets.instance import ENGINE_POOL
 from assets.metadata import Made, picture, table
 from assets.prompt_set import prompt_set
 from assets.resources import RETRIES, RunFolder, Step, step
-from assets.rounds import PREFIX, rounds
+from assets.rounds import GROUP, PREFIX, rounds
 from assets.trained_policy import trained_policy
 from pipeline import snapshots
 from pipeline.errors import RequestError
@@ -22,7 +22,7 @@ STAGE = "evaluate"
     key_prefix=PREFIX,
     partitions_def=rounds,
     deps=[prompt_set, trained_policy],
-    group_name="policy",
+    group_name=GROUP,
     kinds={"vllm", "parquet"},
     pool=ENGINE_POOL,
     retry_policy=RETRIES,

@@ -4,12 +4,12 @@ import dagster as dg
 
 from assets.metadata import Made, column_schema
 from assets.resources import RunFolder, step
-from assets.rounds import PREFIX, open_rounds
+from assets.rounds import GROUP, PREFIX, open_rounds
 
 
 @dg.asset(
     key_prefix=PREFIX,
-    group_name="data",
+    group_name=GROUP,
     kinds={"parquet"},
     metadata={"dagster/column_schema": column_schema("PROMPTS")},
 )

@@ -5,7 +5,7 @@ import dagster as dg
 from assets.metadata import Made, table
 from assets.resources import RunFolder, step
 from assets.rollouts import rollouts
-from assets.rounds import PREFIX, rounds
+from assets.rounds import GROUP, PREFIX, rounds
 from assets.verdicts import verdicts
 
 
@@ -13,7 +13,7 @@ from assets.verdicts import verdicts
     key_prefix=PREFIX,
     partitions_def=rounds,
     deps=[rollouts, verdicts],
-    group_name="data",
+    group_name=GROUP,
     kinds={"parquet", "huggingface"},
 )
 def rollout_dataset(context: dg.AssetExecutionContext, run_folder: RunFolder) -> Made:

@@ -11,7 +11,7 @@ from assets.instance import ENGINE_POOL
 from assets.metadata import Made, column_schema, lineage
 from assets.prompt_set import prompt_set
 from assets.resources import RETRIES, RunFolder, Step, step
-from assets.rounds import PREFIX, asset_key, rounds
+from assets.rounds import GROUP, PREFIX, asset_key, rounds
 from pipeline import snapshots
 from pipeline.report import read_stages
 
@@ -22,7 +22,7 @@ STAGE = "generate"
     key_prefix=PREFIX,
     partitions_def=rounds,
     deps=[prompt_set, frozen_policy],
-    group_name="data",
+    group_name=GROUP,
     kinds={"vllm", "parquet"},
     pool=ENGINE_POOL,
     retry_policy=RETRIES,

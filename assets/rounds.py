@@ -6,6 +6,8 @@ partitions of their own, so that several runs share one instance and one UI with
 
 from __future__ import annotations
 
+import re
+
 import dagster as dg
 
 from assets.settings import DEFAULT_RUN, chosen, partitions_name
@@ -16,6 +18,8 @@ RECIPE = CHOSEN.settings()
 """Settings that the launchpad shows as defaults."""
 RUN_NAME = RECIPE.name
 PREFIX: list[str] = [] if RUN_NAME == DEFAULT_RUN else [RUN_NAME]
+GROUP = re.sub(r"\W", "_", RUN_NAME)
+"""A run is a group of assets, and so a box of its own in the lineage."""
 
 rounds = dg.DynamicPartitionsDefinition(name=partitions_name(RUN_NAME))
 

@@ -11,7 +11,7 @@ from assets.frozen_policy import frozen_policy
 from assets.instance import LEARNER_POOL
 from assets.metadata import Made, snapshot_link
 from assets.resources import RETRIES, RunFolder, Step, step
-from assets.rounds import PREFIX, open_rounds, rounds
+from assets.rounds import GROUP, PREFIX, open_rounds, rounds
 from assets.verdicts import verdicts
 from pipeline import snapshots
 from pipeline.report import read_stages
@@ -23,7 +23,7 @@ STAGE = "learn"
     key_prefix=PREFIX,
     partitions_def=rounds,
     deps=[frozen_policy, verdicts],
-    group_name="policy",
+    group_name=GROUP,
     kinds={"deepspeed", "huggingface"},
     pool=LEARNER_POOL,
     retry_policy=RETRIES,

@@ -11,7 +11,7 @@ from assets.metadata import Made, column_schema, lineage, samples
 from assets.prompt_set import prompt_set
 from assets.resources import RunFolder, Step, step
 from assets.rollouts import rollouts
-from assets.rounds import PREFIX, asset_key, rounds
+from assets.rounds import GROUP, PREFIX, asset_key, rounds
 from pipeline.report import read_stages
 from pipeline.scoring import ScoringSummary
 
@@ -23,7 +23,7 @@ SAY_EVERY_S = 5.0
     key_prefix=PREFIX,
     partitions_def=rounds,
     deps=[prompt_set, rollouts],
-    group_name="data",
+    group_name=GROUP,
     kinds={"python", "parquet"},
     metadata={"dagster/column_schema": column_schema("VERDICTS")},
     check_specs=checks.specs("verdicts"),

@@ -48,7 +48,9 @@ def _become_dagster(home: Path, workspace: Path, arguments: argparse.Namespace) 
     os.environ["DAGSTER_HOME"] = str(home)
     sys.stderr.write(f"Dagster's UI: http://{HOST}:{arguments.port} (Ctrl-C ends it)\n")
     sys.stderr.flush()
-    words = ["-m", "dagster", "dev", "--workspace", str(workspace), "--host", HOST, "--port", str(arguments.port)]
+    # Dagster's own next tool is no part of this project.
+    words = ["-W", "ignore:Function `dev_command`"]
+    words += ["-m", "dagster", "dev", "--workspace", str(workspace), "--host", HOST, "--port", str(arguments.port)]
     os.execv(sys.executable, [sys.executable, *words, "--log-level", arguments.log_level])
 
 
@@ -58,7 +60,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--root", type=Path, default=Path("data"))
     parser.add_argument("--recipe", default=DEFAULT_RUN)
     parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE")
-    parser.add_argument("--log-level", default="warning")
+    parser.add_argument("--log-level", default="error")
     return parser.parse_args()
 
 
