@@ -27,6 +27,16 @@ def advantages(rewards: npt.ArrayLike, beta1: float) -> Array:
     return r - value(r, beta1)[..., None]
 
 
+def standardised(rewards: npt.ArrayLike) -> Array:
+    """GRPO's advantage of one group: `(r - mean) / (std + 1e-6)`, [G] -> [G]. Source: arXiv 2402.03300.
+
+    The deviation is the population's, as the paper writes it; some trainers divide by G - 1 instead.
+    """
+    r = np.asarray(rewards, dtype=np.float64)
+    scaled: Array = (r - r.mean()) / (r.std() + 1e-6)
+    return scaled
+
+
 def is_uniform(rewards: npt.ArrayLike) -> bool:
     """Whether the group has no variance, and so nothing to learn from but the pull back to the behaviour policy."""
     r = np.asarray(rewards, dtype=np.float64)

@@ -106,11 +106,17 @@ class Verification(_Part):
 
 
 class Learning(_Part):
-    loss: Literal["oapl"] = "oapl"
+    loss: Literal["oapl", "grpo", "sft"] = "oapl"
+    """`grpo` and `sft` (imitation of right completions) are there to compare with, on the same batches."""
     beta1: Annotated[float, Field(gt=0)] = 1.0
     """Temperature of the value estimate V(x): towards 0 the group's best reward, towards infinity its mean."""
     beta2: Annotated[float, Field(gt=0)] = 0.2
     """Scale of the log-ratio in the loss; the regression target is (r - V) / beta2 nats."""
+    clip_low: Annotated[float, Field(gt=0, le=1)] = 0.8
+    clip_high: Annotated[float, Field(ge=1)] = 1.28
+    """grpo: bounds of a token's importance ratio."""
+    importance_cap: Annotated[float, Field(gt=0)] | None = None
+    """grpo with `behaviour: recomputed`: largest weight of a token for what engine and trainer disagree by."""
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = 1.5e-4
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     final_learning_rate: Annotated[float, Field(ge=0, le=1)] = 0.05
@@ -133,13 +139,33 @@ class Learning(_Part):
     """Carry Adam's moments from round to round."""
     drop_uniform_groups: bool = True
     """Leave out groups whose rewards are all equal; they stay in the dataset."""
+    replay_rounds: Annotated[int, Field(ge=0)] = 0
+    """Rounds before this one whose rollouts are learned from again, each row with its own log-probabilities."""
     behaviour: Literal["engine", "recomputed"] = "engine"
-    """Whose log-probabilities stand for the behaviour policy."""
+    """Whose log-probabilities stand for the behaviour policy: what the engine said when it sampled, or one forward
+    pass of the trainer over the frozen snapshot, kept beside the rollouts."""
     max_logprob_gap: Annotated[float, Field(gt=0)] = 0.05
     """Largest admitted |mean(recomputed - engine)| in nats a token, measured before learning."""
     ranks: Positive = 1
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What DeepSpeed keeps in the host's memory: the optimizer (from zero_stage 1), or weights, too (zero_stage 3)."""
     dtype: DType = "float32"
+    """bfloat16 computes in bfloat16 and keeps float32 master weights in the optimizer."""
+    attention: Literal["sdpa", "eager", "flash", "flex"] = "sdpa"
+    """Kernel of attention; flash (needs flash-attn) and flex are for GPUs."""
+    packing: bool = True
+    """Completions one after another without padding, a group's prompt computed once. False pads, for a policy whose
+    attention can't be packed."""
+    activation_checkpointing: bool = False
+    """Compute activations twice instead of keeping them."""
+    lora_rank: Annotated[int, Field(ge=0)] = 0
+    """Rank of adapters on all linear layers, trained instead of the weights and merged into the snapshot; 0: none.
+    Moments are then kept within a round only."""
+    lora_alpha: Positive = 32
+    """Scale of the adapters; their update counts lora_alpha / lora_rank."""
+    tensorboard: bool = False
+    """Write the learning log for TensorBoard, too, beside it."""
     checkpoint_every: Annotated[int, Field(ge=0)] = 0
     """Optimizer steps between checkpoints; 0: none within a round."""
 
@@ -147,6 +173,17 @@ class Learning(_Part):
     def _splits(self) -> Learning:
         if self.batch_size % self.ranks:
             raise ValueError(f"batch_size {self.batch_size} must be a multiple of ranks {self.ranks}")
+        return self
+
+    @model_validator(mode="after")
+    def _fits(self) -> Learning:
+        if self.importance_cap is not None and (self.loss, self.behaviour) != ("grpo", "recomputed"):
+            raise ValueError("importance_cap needs loss=grpo and behaviour=recomputed")
+        needed = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
+        if self.zero_stage < needed:
+            raise ValueError(f"offload={self.offload} needs zero_stage {needed} or more, not {self.zero_stage}")
+        if self.attention in ("flash", "flex") and not self.packing:
+            raise ValueError(f"attention={self.attention} is for packed batches; leave packing on, or take sdpa")
         return self
 
 

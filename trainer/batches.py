@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 
-from pipeline.advantages import advantages, is_uniform
+from pipeline.advantages import advantages, is_uniform, standardised
 from pipeline.errors import RequestError, WorkError
 from pipeline.recipe import Learning
 from pipeline.rollouts.locate import Located
 from pipeline.rollouts.store import Manifest, read_manifest, split_groups
 from pipeline.rollouts.tables import VerdictIndex
+from trainer.packing import Layout, lay_out
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -31,15 +32,29 @@ WINDOW = 32
 """Row groups among which groups are shuffled, and which the cache holds: at most 512 MiB of tokens."""
 
 
+Floats = np.ndarray[Any, np.dtype[np.float32]]
+Integers = np.ndarray[Any, np.dtype[np.int64]]
+Row = tuple[int, int, int, int, float, float]
+
+
+class Reference(Protocol):
+    """Recomputed log-probabilities of a dataset, laid out as its row groups are."""
+
+    def block(self, number: int) -> pa.ChunkedArray: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Example:
     """One completion as the learner takes it."""
 
     prompt_tokens: np.ndarray[Any, np.dtype[np.int32]]
     completion_tokens: np.ndarray[Any, np.dtype[np.int32]]
-    behaviour: np.ndarray[Any, np.dtype[np.float32]]
-    """log mu of each completion token, nats."""
+    behaviour: Floats
+    """log mu of each completion token, nats: the engine's, or recomputed, as the recipe asks."""
+    sampled: Floats
+    """The engine's log-probabilities whatever the recipe asks; NaN where the dataset has none."""
     advantage: float
+    reward: float
     snapshot_step: int
 
 
@@ -54,75 +69,106 @@ class Counts:
     unscorable_rows: int = 0
     """Without a reward, and so left out."""
     empty_rows: int = 0
-    """Without a completion token."""
+    """Without a token of prompt or completion."""
     reward_sum: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A row group of a shard: what is read at a time."""
+
+    path: Path
+    row_group: int
+    place: int
+    number: int
+    """Within its dataset, over all shards."""
+
+    def read(self, columns: Sequence[str]) -> pa.Table:
+        import pyarrow.parquet as pq
+
+        with pq.ParquetFile(self.path, page_checksum_verification=True) as file:
+            return file.read_row_group(self.row_group, columns=list(columns)).combine_chunks()
 
 
 class View:
     """The rows that are learned from, with lengths and advantages, and access to their tokens.
 
-    Raises RequestError where the dataset has no verdicts, and WorkError where nothing is left to learn from.
+    `places` are the round's dataset and, where older rounds are replayed, theirs behind it. Raises RequestError
+    where a dataset has no verdicts, and WorkError where nothing is left to learn from.
     """
 
-    def __init__(self, place: Located, settings: Learning) -> None:
-        if place.verdicts is None or not place.verdicts.is_dir():
-            raise RequestError(f"{place.root}: rollouts without verdicts; score them before learning")
-        self.manifest: Manifest = read_manifest(place.rollouts)
+    def __init__(self, places: Sequence[Located], settings: Learning) -> None:
+        for place in places:
+            if place.verdicts is None or not place.verdicts.is_dir():
+                raise RequestError(f"{place.root}: rollouts without verdicts; score them before learning")
+        self.places = list(places)
+        self.manifests: list[Manifest] = [read_manifest(place.rollouts) for place in places]
         self.counts = Counts()
-        self._folder = place.rollouts
-        self._cache: OrderedDict[int, pa.Table] = OrderedDict()
-        self._blocks: list[tuple[Path, int]] = []
-        self._index(VerdictIndex(place.verdicts), settings)
+        self.references: dict[int, Reference] = {}
+        """By place; where there is one it stands for the behaviour policy."""
+        self.largest_token = 0
+        self._cache: OrderedDict[int, tuple[pa.Table, pa.ChunkedArray | None]] = OrderedDict()
+        self.blocks: list[Block] = []
+        self._index(settings)
         if not len(self.advantage):
-            raise WorkError(_nothing_left(place, self.counts))
+            raise WorkError(_nothing_left(places[0], self.counts))
 
-    def _index(self, verdicts: VerdictIndex, settings: Learning) -> None:
-        parts: list[tuple[int, int, int, int, float]] = []
+    def _index(self, settings: Learning) -> None:
+        parts: list[Row] = []
         arrays: list[np.ndarray[Any, Any]] = []
         group_sizes: list[int] = []
-        for block, table in enumerate(self._iterate_blocks()):
-            row = 0
-            for group in split_groups(table):
-                kept = self._view_of(group, verdicts, settings, block, row)
-                row += group.num_rows
-                if kept:
-                    parts += kept
-                    group_sizes.append(len(kept))
-            if len(parts) > 1 << 16:
-                arrays.append(np.array(parts, np.float64))
-                parts = []
-        table = np.concatenate([*arrays, np.array(parts, np.float64).reshape(-1, 5)])
+        for place in range(len(self.places)):
+            verdicts = VerdictIndex(self.places[place].verdicts)
+            for table in self._iterate_blocks(place):
+                row = 0
+                for group in split_groups(table):
+                    kept = self._view_of(group, verdicts, settings, row)
+                    row += group.num_rows
+                    if kept:
+                        parts += kept
+                        group_sizes.append(len(kept))
+                if len(parts) > 1 << 16:
+                    arrays.append(np.array(parts, np.float64))
+                    parts = []
+        table = np.concatenate([*arrays, np.array(parts, np.float64).reshape(-1, 6)])
         self.block, self.row = table[:, 0].astype(np.int32), table[:, 1].astype(np.int32)
-        self.prompt_length, self.completion_length = table[:, 2].astype(np.int32), table[:, 3].astype(np.int32)
-        self.advantage = table[:, 4].astype(np.float32)
+        self.advantage, self.reward = table[:, 4].astype(np.float32), table[:, 5].astype(np.float32)
         self.group_starts = np.concatenate([[0], np.cumsum(group_sizes)]).astype(np.int64)
+        group = np.repeat(np.arange(len(group_sizes)), group_sizes)
+        prompt, completion = table[:, 2].astype(np.int64), table[:, 3].astype(np.int64)
+        self.sizes = Sizes(prompt, completion, group, settings.packing)
 
-    def _iterate_blocks(self) -> Iterator[pa.RecordBatch]:
+    def _iterate_blocks(self, place: int) -> Iterator[pa.RecordBatch]:
+        import pyarrow.compute as pc
         import pyarrow.parquet as pq
 
         columns = ["rollout_id", "snapshot_id", "round", "prompt_id", "prompt_tokens", "completion_tokens"]
-        for shard in self.manifest.shards:
-            path = self._folder / shard.file
+        number = 0
+        for shard in self.manifests[place].shards:
+            path = self.places[place].rollouts / shard.file
             with pq.ParquetFile(path, page_checksum_verification=True) as file:
-                for number in range(file.num_row_groups):
-                    self._blocks.append((path, number))
-                    table = file.read_row_group(number, columns=columns).combine_chunks()
-                    yield table.to_batches()[0]
+                for row_group in range(file.num_row_groups):
+                    self.blocks.append(Block(path, row_group, place, number))
+                    number += 1
+                    table = file.read_row_group(row_group, columns=columns).combine_chunks()
+                    for name in ("prompt_tokens", "completion_tokens"):
+                        largest = pc.max(pc.list_flatten(table[name])).as_py()
+                        self.largest_token = max(self.largest_token, largest or 0)
+                    yield from table.to_batches()
 
-    def _view_of(
-        self, group: pa.RecordBatch, verdicts: VerdictIndex, settings: Learning, block: int, first_row: int
-    ) -> list[tuple[int, int, int, int, float]]:
+    def _view_of(self, group: pa.RecordBatch, verdicts: VerdictIndex, settings: Learning, first_row: int) -> list[Row]:
         import pyarrow.compute as pc
 
         _, rewards = verdicts.lookup(group["rollout_id"].to_pylist())
         lengths = pc.list_value_length(group["completion_tokens"]).to_numpy()
+        prompt_length = len(group["prompt_tokens"][0])
         scorable = np.isfinite(rewards)
-        usable = scorable & (lengths > 0)
+        usable = scorable & (lengths > 0) & (prompt_length > 0)
         counts = self.counts
         counts.groups += 1
         counts.rows += group.num_rows
         counts.unscorable_rows += int((~scorable).sum())
-        counts.empty_rows += int((scorable & (lengths == 0)).sum())
+        counts.empty_rows += int((scorable & ~usable).sum())
         if not usable.any():
             return []
         rewards = rewards[usable].astype(np.float64)
@@ -131,18 +177,15 @@ class View:
             counts.uniform_groups += 1
             if settings.drop_uniform_groups:
                 return []
-        prompt_length = len(group["prompt_tokens"][0])
-        found = zip(np.flatnonzero(usable), advantages(rewards, settings.beta1), strict=True)
-        return [(block, first_row + int(row), prompt_length, int(lengths[row]), float(a)) for row, a in found]
+        wanted = standardised(rewards) if settings.loss == "grpo" else advantages(rewards, settings.beta1)
+        block = len(self.blocks) - 1
+        return [
+            (block, first_row + int(row), prompt_length, int(lengths[row]), float(a), float(r))
+            for row, a, r in zip(np.flatnonzero(usable), wanted, rewards, strict=True)
+        ]
 
     def __len__(self) -> int:
         return len(self.advantage)
-
-    @property
-    def lengths(self) -> np.ndarray[Any, np.dtype[np.int32]]:
-        """Tokens of prompt and completion of each row."""
-        total: np.ndarray[Any, np.dtype[np.int32]] = self.prompt_length + self.completion_length
-        return total
 
     def order(self, seed: int, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Every row once, groups together, shuffled: the same for the same seed and epoch."""
@@ -160,33 +203,44 @@ class View:
         return np.concatenate(order)
 
     def example(self, index: int) -> Example:
-        """The tokens of one row; its log-probabilities are NaN where the dataset has none."""
-        table = self._table(int(self.block[index]))
+        """The tokens of one row. Raises RequestError where it has no log-probabilities to learn from."""
+        table, reference = self._table(int(self.block[index]))
         row = int(self.row[index])
         tokens = table["completion_tokens"][row].values.to_numpy()
         stored = table["logprobs"][row]
-        behaviour = stored.values.to_numpy() if stored.is_valid else np.full(len(tokens), np.nan, np.float32)
+        sampled = stored.values.to_numpy() if stored.is_valid else np.full(len(tokens), np.nan, np.float32)
+        behaviour = sampled if reference is None else reference[row].values.to_numpy()
+        if reference is None and not stored.is_valid:
+            place = self.places[self.blocks[int(self.block[index])].place]
+            raise RequestError(f"{place.root}: rollouts without log-probabilities; set learning.behaviour=recomputed")
         return Example(
             table["prompt_tokens"][row].values.to_numpy(),
             tokens,
             behaviour,
+            sampled,
             float(self.advantage[index]),
+            float(self.reward[index]),
             table["snapshot_step"][row].as_py(),
         )
 
-    def _table(self, block: int) -> pa.Table:
-        import pyarrow.parquet as pq
+    def newest(self) -> Integers:
+        """Rows of the round itself, without those replayed from older ones."""
+        place = np.array([block.place for block in self.blocks])
+        return np.flatnonzero(place[self.block] == 0)
 
-        if block in self._cache:
-            self._cache.move_to_end(block)
+    def _table(self, number: int) -> tuple[pa.Table, pa.ChunkedArray | None]:
+        if number in self._cache:
+            self._cache.move_to_end(number)
         else:
-            path, number = self._blocks[block]
-            columns = ["prompt_tokens", "completion_tokens", "logprobs", "snapshot_step"]
-            with pq.ParquetFile(path, page_checksum_verification=True) as file:
-                self._cache[block] = file.read_row_group(number, columns=columns).combine_chunks()
+            block = self.blocks[number]
+            reference = self.references.get(block.place)
+            self._cache[number] = (
+                block.read(["prompt_tokens", "completion_tokens", "logprobs", "snapshot_step"]),
+                reference.block(block.number) if reference else None,
+            )
             if len(self._cache) > WINDOW:
                 self._cache.popitem(last=False)
-        return self._cache[block]
+        return self._cache[number]
 
 
 def _nothing_left(place: Located, counts: Counts) -> str:
@@ -222,65 +276,174 @@ def steps_of(rows: int, settings: Learning) -> int:
     return max(1, rows * settings.epochs // settings.batch_size)
 
 
-def split_over_ranks(rows: Sequence[int], lengths: Callable[[int], int], ranks: int) -> list[list[int]]:
-    """Deals a batch to the ranks, longest first, so that their token counts are close."""
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How long each row is, and which rows share their prompt."""
+
+    prompt: Integers
+    completion: Integers
+    group: Integers
+    packed: bool
+    """Rows of a group in one forward pass compute their prompt once."""
+
+    def of(self, rows: Sequence[int]) -> int:
+        """Positions that a forward pass over these rows computes."""
+        taken = np.asarray(rows, np.int64)
+        if not self.packed:
+            return int((self.prompt[taken] + self.completion[taken]).max(initial=0)) * len(rows)
+        _, first = np.unique(self.group[taken], return_index=True)
+        return int((self.completion[taken] - 1).sum() + self.prompt[taken[first]].sum())
+
+    def useful(self, rows: Sequence[int]) -> int:
+        """Positions that have to be computed at the least where prompts are not shared."""
+        taken = np.asarray(rows, np.int64)
+        return int((self.prompt[taken] + self.completion[taken]).sum())
+
+
+def split_over_ranks(rows: Sequence[int], sizes: Sizes, ranks: int) -> list[list[int]]:
+    """Deals a batch to the ranks so that their token counts are close, rows of a prompt together where that allows it.
+
+    Groups are cut into pieces of at most a quarter of a rank's share; the largest go first, to the least loaded.
+    """
+    total = sum(sizes.of([row]) for row in rows)
+    pieces = _pieces(rows, sizes, total / (4 * ranks) if ranks > 1 else total)
+    costs = [sizes.of(piece) for piece in pieces]
     shares: list[list[int]] = [[] for _ in range(ranks)]
     loads = [0] * ranks
-    for row in sorted(rows, key=lambda row: (-lengths(row), row)):
+    for number in sorted(range(len(pieces)), key=lambda number: (-costs[number], pieces[number])):
         rank = min(range(ranks), key=lambda rank: (loads[rank], rank))
-        shares[rank].append(row)
-        loads[rank] += lengths(row)
+        shares[rank] += pieces[number]
+        loads[rank] += costs[number]
     return shares
 
 
-def micro_batches(rows: Sequence[int], lengths: Callable[[int], int], budget: int) -> list[list[int]]:
+def _pieces(rows: Sequence[int], sizes: Sizes, limit: float) -> list[list[int]]:
+    """Rows of one group each, longest first, of at most `limit` tokens unless one row alone is longer."""
+    pieces: list[list[int]] = []
+    for row in sorted(rows, key=lambda row: (int(sizes.group[row]), -int(sizes.completion[row]), row)):
+        last = pieces[-1] if pieces else []
+        if last and sizes.group[last[0]] == sizes.group[row] and sizes.of([*last, row]) <= limit:
+            last.append(row)
+        else:
+            pieces.append([row])
+    return pieces
+
+
+def micro_batches(rows: Sequence[int], sizes: Sizes, budget: int) -> list[list[int]]:
     """Cuts rows into forward passes of at most `budget` tokens, padding included; a longer row goes alone.
 
-    Rows of like length go together, so that next to nothing is padding.
+    Packed, rows of a prompt stay together; padded, rows of like length do, so that next to nothing is padding.
     """
-    batches: list[list[int]] = []
-    longest = 0
-    for row in sorted(rows, key=lambda row: (-lengths(row), row)):
-        if batches and longest * (len(batches[-1]) + 1) <= budget:
-            batches[-1].append(row)
+    if sizes.packed:
+        order = [row for piece in _pieces(rows, sizes, budget) for row in piece]
+    else:
+        order = sorted(rows, key=lambda row: (-int(sizes.prompt[row] + sizes.completion[row]), row))
+    passes: list[list[int]] = []
+    for row in order:
+        if passes and sizes.of([*passes[-1], row]) <= budget:
+            passes[-1].append(row)
         else:
-            batches.append([row])
-            longest = lengths(row)
-    return batches
+            passes.append([row])
+    return passes
 
 
 @dataclass(frozen=True, slots=True)
-class Padded:
-    """A forward pass: sequences padded on the right. `selected` marks the positions that predict completion tokens."""
+class Pass:
+    """A forward pass and what the loss needs of it."""
 
-    ids: torch.Tensor  # [sequences, tokens]
-    selected: torch.Tensor  # [sequences, tokens], true where the next token is a completion token
-    targets: torch.Tensor  # [completion tokens], in the order of `selected`
+    ids: torch.Tensor  # [1, tokens] packed, [sequences, tokens] padded on the right
+    positions: torch.Tensor | None  # like ids; null where they simply count
+    layout: Layout | None  # who attends to whom; null where each row of ids is a sequence
+    sources: torch.Tensor  # [completion tokens], places in ids (flattened) whose output predicts them
+    targets: torch.Tensor  # [completion tokens]
     behaviour: torch.Tensor  # [sequences, longest completion]
+    sampled: torch.Tensor  # [sequences, longest completion]
     mask: torch.Tensor  # [sequences, longest completion]
     advantage: torch.Tensor  # [sequences]
+    reward: torch.Tensor  # [sequences]
+
+    def to(self, device: torch.device) -> Pass:
+        moved: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            moved[field.name] = value if value is None else value.to(device)
+        return Pass(**moved)
 
 
-def collate(examples: Sequence[Example], pad: int) -> Padded:
-    """Lays examples out for one forward pass; no token of one is seen by another, since attention is causal."""
-    longest = max(len(e.prompt_tokens) + len(e.completion_tokens) for e in examples)
+def collate(examples: Sequence[Example], groups: Sequence[int], pad: int, attention: str | None) -> Pass:
+    """Lays examples out for one forward pass; `groups` are neighbours that share a prompt.
+
+    With `attention` (a key of `packing.KERNELS`) they are packed: a prompt once, then its completions without their
+    last token, whose output nobody needs. Without it they are padded on the right, where causal attention hides it.
+    """
     widest = max(len(e.completion_tokens) for e in examples)
-    ids = np.full((len(examples), longest), pad, np.int64)
-    selected = np.zeros((len(examples), longest), bool)
-    behaviour = np.zeros((len(examples), widest), np.float32)
+    behaviour, sampled = (np.zeros((len(examples), widest), np.float32) for _ in range(2))
     mask = np.zeros((len(examples), widest), bool)
+    for number, example in enumerate(examples):
+        length = len(example.completion_tokens)
+        behaviour[number, :length] = example.behaviour
+        sampled[number, :length] = example.sampled
+        mask[number, :length] = True
+    ids, positions, layout, sources = _packed(examples, groups, attention) if attention else _padded(examples, pad)
+    return Pass(
+        torch.from_numpy(ids),
+        positions if positions is None else torch.from_numpy(positions),
+        layout,
+        torch.from_numpy(sources),
+        torch.from_numpy(np.concatenate([e.completion_tokens for e in examples]).astype(np.int64)),
+        torch.from_numpy(behaviour),
+        torch.from_numpy(sampled),
+        torch.from_numpy(mask),
+        torch.tensor([e.advantage for e in examples], dtype=torch.float32),
+        torch.tensor([e.reward for e in examples], dtype=torch.float32),
+    )
+
+
+def shortened(example: Example, longest: int) -> Example:
+    """The end of its prompt and the beginning of its completion, at most so many tokens of each."""
+    return replace(
+        example,
+        prompt_tokens=example.prompt_tokens[-longest:],
+        completion_tokens=example.completion_tokens[:longest],
+        behaviour=example.behaviour[:longest],
+        sampled=example.sampled[:longest],
+    )
+
+
+Placed = tuple[Integers, Integers | None, Layout | None, Integers]
+
+
+def _padded(examples: Sequence[Example], pad: int) -> Placed:
+    longest = max(len(e.prompt_tokens) + len(e.completion_tokens) for e in examples)
+    ids = np.full((len(examples), longest), pad, np.int64)
+    sources = []
     for number, example in enumerate(examples):
         prompt, completion = len(example.prompt_tokens), len(example.completion_tokens)
         ids[number, :prompt] = example.prompt_tokens
         ids[number, prompt : prompt + completion] = example.completion_tokens
-        selected[number, prompt - 1 : prompt + completion - 1] = True
-        behaviour[number, :completion] = example.behaviour
-        mask[number, :completion] = True
-    return Padded(
-        torch.from_numpy(ids),
-        torch.from_numpy(selected),
-        torch.from_numpy(np.concatenate([e.completion_tokens for e in examples]).astype(np.int64)),
-        torch.from_numpy(behaviour),
-        torch.from_numpy(mask),
-        torch.tensor([e.advantage for e in examples], dtype=torch.float32),
-    )
+        first = number * longest + prompt - 1
+        sources.append(np.arange(first, first + completion))
+    return ids, None, None, np.concatenate(sources)
+
+
+def _packed(examples: Sequence[Example], groups: Sequence[int], attention: str) -> Placed:
+    ids, positions, sources = [], [], []
+    segments: list[tuple[int, int]] = []  # (tokens, which segment is its prefix, or -1)
+    end = prompt_segment = prompt_end = 0
+    for number, example in enumerate(examples):
+        prompt, inputs = example.prompt_tokens, example.completion_tokens[:-1]
+        if number == 0 or groups[number] != groups[number - 1]:
+            prompt_segment = len(segments)
+            segments.append((len(prompt), -1))
+            ids.append(prompt)
+            positions.append(np.arange(len(prompt)))
+            end = prompt_end = end + len(prompt)
+        sources.append(np.concatenate([[prompt_end - 1], np.arange(end, end + len(inputs))]))
+        if len(inputs):
+            segments.append((len(inputs), prompt_segment))
+            ids.append(inputs)
+            positions.append(np.arange(len(prompt), len(prompt) + len(inputs)))
+            end += len(inputs)
+    layout = lay_out(segments, attention)
+    joined = np.concatenate(ids).astype(np.int64), np.concatenate(positions).astype(np.int64)
+    return joined[0][None], joined[1][None], layout, np.concatenate(sources).astype(np.int64)

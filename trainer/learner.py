@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,15 +14,18 @@ import torch
 import torch.distributed as dist
 
 from pipeline import snapshots
-from pipeline.errors import RequestError, WorkError
+from pipeline.errors import OaplError, RequestError, WorkError
+from pipeline.layout import Run
 from pipeline.progress import Progress
 from pipeline.recipe import Learning, Recipe
-from pipeline.rollouts.locate import Located
-from trainer import batches
-from trainer.batches import Padded, View
-from trainer.logprobs import token_logprobs
-from trainer.losses import LOSSES, Batch, Settings, diagnostics
-from trainer.policy import load_policy, load_tokenizer, save_policy
+from pipeline.rollouts.locate import Located, locate
+from pipeline.rollouts.store import Manifest
+from trainer import batches, checkpoints, insight, packing, reference
+from trainer import engine as engines
+from trainer.batches import Pass, View
+from trainer.losses import EXTRA, LOSSES, Batch, Settings, diagnostics
+from trainer.policy import load_tokenizer, save_policy
+from trainer.schedule import learning_rate
 
 GAP_ROWS = 256
 """Completions on which engine and trainer are compared before learning."""
@@ -41,35 +43,40 @@ class Round:
     """JSON lines, one an optimizer step; the summary goes beside it as .json."""
     number: int
 
+    @property
+    def run(self) -> Run | None:
+        """The run that the data is a round of, if it is."""
+        if self.data.round is None:
+            return None
+        root = self.data.root.absolute()
+        return Run(root.parent.parent, root.name) if root.parent.name == "runs" else None
 
-class Scored(torch.nn.Module):
-    """A causal language model that answers with log-probabilities of given tokens, so logits stay inside."""
+    @property
+    def checkpoints(self) -> Path:
+        return self.run.checkpoints(self.number) if self.run else self.out / ".checkpoints"
 
-    def __init__(self, model: Any, temperature: float) -> None:
-        super().__init__()
-        self.model = model
-        self.temperature = temperature
-
-    def forward(self, ids: torch.Tensor, selected: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """ids [sequences, tokens], selected [sequences, tokens], targets [chosen] -> log-probabilities [chosen]."""
-        # Padding is on the right and attention is causal: no mask is needed, and the fast kernels take none.
-        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        return token_logprobs(self.model.get_output_embeddings(), hidden[selected], targets, self.temperature)
+    def reference(self, place: Located, manifest: Manifest) -> Path:
+        """Where a dataset's recomputed log-probabilities are kept."""
+        if self.run is not None and place.round is not None:
+            return self.run.reference(place.round)
+        return self.out / ".reference" / manifest.digest[:16]
 
 
 def learn(work: Round) -> dict[str, Any]:
     """Learns one round and publishes the snapshot; returns the summary that is written beside the log.
 
-    Each rank calls it. Raises RequestError or WorkError with one line, before anything is published.
+    Each rank calls it. Goes on from the round's checkpoint where there is one of the same data, settings and policy.
+    Raises RequestError or WorkError with one line, before anything is published.
     """
     started = time.monotonic()
     settings = work.recipe.learning
+    _refuse_missing_packages(settings)
     parent = snapshots.load_record(work.policy)
-    view = View(work.data, settings)
+    view = View([work.data, *_replayed(work)], settings)
     _refuse_foreign_tokens(parent, view, work)
-    engine = _start_engine(work, parent)
+    engine = engines.start(work.recipe, work.policy, _temperature(view, work.recipe.generation.temperature))
     learner = _Learner(work, view, engine, parent)
-    gap = learner.measure_gap()
+    learner.prepare()
     learner.run()
     snapshot = learner.publish()
     summary = {
@@ -78,223 +85,269 @@ def learn(work: Round) -> dict[str, Any]:
         "round": work.number,
         "step": snapshot.step,
         "steps": learner.steps,
-        "dataset": view.manifest.digest,
+        "loss": settings.loss,
+        "dataset": view.manifests[0].digest,
         "sequences": len(view),
         "left_over": max(0, len(view) * settings.epochs - learner.steps * settings.batch_size),
         **{key: value for key, value in asdict(view.counts).items() if key != "reward_sum"},
         "reward_mean": view.counts.reward_sum / max(1, view.counts.rows - view.counts.unscorable_rows),
         "tokens": learner.tokens,
-        "logprob_gap": gap,
+        **learner.facts,
+        "resumed_at": learner.resumed_at,
         "seconds": round(time.monotonic() - started, 2),
     }
-    if _rank() == 0:
+    if dist.get_rank() == 0:
         work.log.with_suffix(".json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    checkpoints.delete(work.checkpoints)
     return summary
 
 
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+def _replayed(work: Round) -> list[Located]:
+    """The rounds before this one that are learned from again, newest first."""
+    wanted = work.recipe.learning.replay_rounds
+    if not wanted:
+        return []
+    if work.data.round is None:
+        raise RequestError(f"{work.data.root}: learning.replay_rounds needs a run's folder, which has older rounds")
+    older = range(work.data.round - 1, max(-1, work.data.round - 1 - wanted), -1)
+    return [locate(work.data.root, number) for number in older]
+
+
+def _refuse_missing_packages(settings: Learning) -> None:
+    from importlib.util import find_spec
+
+    if settings.tensorboard and find_spec("tensorboard") is None:
+        raise RequestError("learning.tensorboard needs the package tensorboard: pip install 'oapl[tensorboard]'")
+    if settings.attention == "flash" and find_spec("flash_attn") is None:
+        raise RequestError("learning.attention=flash needs the package flash-attn; install it, or take sdpa")
+    if settings.attention == "flex" and not torch.cuda.is_available():
+        raise RequestError("learning.attention=flex has no backward pass on a CPU; take sdpa")
 
 
 def _refuse_foreign_tokens(parent: snapshots.Snapshot, view: View, work: Round) -> None:
-    data = view.manifest.provenance.tokenizer_sha256
-    if data and data != parent.tokenizer_sha256:
-        raise RequestError(
-            f"{work.policy}: its tokenizer ({parent.tokenizer_sha256[:8]}) is not the one that wrote "
-            f"{work.data.root} ({data[:8]}); train the policy that made the data, or one with its tokenizer"
-        )
-
-
-def deepspeed_config(settings: Learning, ranks: int) -> dict[str, Any]:
-    """What DeepSpeed is told. Accumulation is set by hand at each step, since its count follows the lengths."""
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": settings.clip,
-        "zero_optimization": {"stage": settings.zero_stage},
-        "bf16": {"enabled": settings.dtype == "bfloat16"},
-        "optimizer": {
-            "type": "AdamW",
-            "params": {
-                "lr": settings.learning_rate,
-                "betas": [settings.adam_beta1, settings.adam_beta2],
-                "eps": settings.adam_epsilon,
-                "weight_decay": settings.weight_decay,
-                # PyTorch's own Adam needs no compiler; on a GPU DeepSpeed's fused one is compiled at first use.
-                "torch_adam": not torch.cuda.is_available(),
-            },
-        },
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 1 << 30,
-        "wall_clock_breakdown": False,
-    }
-
-
-def _start_engine(work: Round, parent: snapshots.Snapshot) -> Any:
-    import deepspeed
-
-    torch.manual_seed(work.recipe.seed)
-    settings = work.recipe.learning
-    model = load_policy(work.policy, torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32)
-    _refuse_scaled_logits(model.config, work.policy)
-    model.train()
-    scored = Scored(model, _temperature(work))
-    engine, *_ = deepspeed.initialize(
-        model=scored,
-        model_parameters=[p for p in scored.parameters() if p.requires_grad],
-        config=deepspeed_config(settings, dist.get_world_size()),
-    )
-    kept = optimizer_folder(work.out)
-    if settings.keep_optimizer and (kept / parent.snapshot_id).is_dir():
-        # The snapshot's weights and this state were written together; loading both gives bit-equal weights.
-        engine.load_checkpoint(str(kept), tag=parent.snapshot_id, load_lr_scheduler_states=False)
-    return engine
-
-
-def _temperature(work: Round) -> float:
-    from pipeline.rollouts.store import read_manifest
-
-    return float(read_manifest(work.data.rollouts).provenance.sampling.get("temperature", 1.0))
-
-
-def _refuse_scaled_logits(config: Any, policy: Path) -> None:
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(config, name, None) not in (None, 1, 1.0):
+    for place, manifest in zip(view.places, view.manifests, strict=True):
+        data = manifest.provenance.tokenizer_sha256
+        if data not in ("", UNKNOWN, parent.tokenizer_sha256):
             raise RequestError(
-                f"{policy}: its logits are scaled ({name}), which the learner does not compute; use another"
+                f"{work.policy}: its tokenizer ({parent.tokenizer_sha256[:8]}) is not the one that wrote "
+                f"{place.root} ({data[:8]}); train the policy that made the data, or one with its tokenizer"
             )
 
 
-def optimizer_folder(out: Path) -> Path:
-    """Where Adam's moments lie between rounds, one folder a snapshot; only the newest is kept."""
-    return out / ".optimizer"
+UNKNOWN = "unknown"
+"""What provenance says of imported data where its source recorded nothing."""
+
+
+def _temperature(view: View, fallback: float) -> float:
+    """What the data was sampled at; `fallback` for imported data that does not say.
+
+    Raises RequestError where rounds that are learned from together differ.
+    """
+    told = (manifest.provenance.sampling.get("temperature", UNKNOWN) for manifest in view.manifests)
+    found = {fallback if value == UNKNOWN else float(value) for value in told}
+    if len(found) > 1:
+        raise RequestError(
+            f"{view.places[0].root}: rounds sampled at different temperatures ({', '.join(map(str, sorted(found)))}) "
+            "can't be replayed together; lower learning.replay_rounds"
+        )
+    return found.pop()
 
 
 class _Learner:
     def __init__(self, work: Round, view: View, engine: Any, parent: snapshots.Snapshot) -> None:
         self.work, self.view, self.engine, self.parent = work, view, engine, parent
         self.settings = work.recipe.learning
+        self.loss_settings = Settings(**{name: getattr(self.settings, name) for name in Settings.__slots__})
+        self.names = (*SUMS, *EXTRA[self.settings.loss])
         self.device = engine.device
         self.ranks = dist.get_world_size()
         self.pad = load_tokenizer(work.policy).pad_token_id or 0
+        self.attention = self.settings.attention if self.settings.packing else None
         self.planned = batches.steps_of(len(view), self.settings)
-        self.steps = 0
-        self.tokens = 0
+        self.steps = self.tokens = 0
+        self.resumed_at: int | None = None
+        self.facts: dict[str, Any] = {}
+        """What was found before the first step; goes into the summary."""
+        self.work_of = insight.Work(engine.module.model)
+        vocabulary = engine.module.model.config.vocab_size
+        if view.largest_token >= vocabulary:
+            raise RequestError(
+                f"{work.data.root}: has token {view.largest_token}, and {work.policy} knows {vocabulary} tokens; "
+                "train the policy that made the data, or one with its tokenizer"
+            )
 
     # Each rank computes the same plan from the same index, so nothing needs to be sent.
     def _plan(self, rows: Sequence[int]) -> list[list[int]]:
         """This rank's forward passes. All ranks get equally many: collectives in them must pair up."""
-        lengths = self.view.lengths
-        shares = batches.split_over_ranks(rows, lambda row: int(lengths[row]), self.ranks)
-        budget = self.settings.micro_batch_tokens
-        plans = [batches.micro_batches(share, lambda row: int(lengths[row]), budget) for share in shares]
+        shares = batches.split_over_ranks(rows, self.view.sizes, self.ranks)
+        plans = [batches.micro_batches(share, self.view.sizes, self.settings.micro_batch_tokens) for share in shares]
         passes = max(len(plan) for plan in plans)
-        mine = plans[_rank()]
+        mine = plans[dist.get_rank()]
         return mine + [[]] * (passes - len(mine))
 
-    def _collated(self, rows: Sequence[int]) -> Padded:
-        examples = [self.view.example(row) for row in rows or [0]]
-        padded = batches.collate(examples, self.pad)
-        return Padded(**{name: getattr(padded, name).to(self.device) for name in Padded.__slots__})
+    def _pass(self, rows: Sequence[int]) -> Pass:
+        """The rows laid out; a rank that has none computes some row, and nothing is done with it."""
+        rows = rows or [0]
+        examples = [self.view.example(row) for row in rows]
+        return batches.collate(examples, self.view.sizes.group[rows].tolist(), self.pad, self.attention).to(self.device)
 
-    def _forward(self, padded: Padded) -> Batch:
-        chosen = self.engine(padded.ids, padded.selected, padded.targets)  # [completion tokens]
-        logprobs = torch.zeros(padded.mask.shape, dtype=torch.float32, device=self.device)
-        return Batch(
-            logprobs.masked_scatter(padded.mask, chosen.float()), padded.behaviour, padded.mask, padded.advantage
-        )
+    def _scored(self, taken: Pass) -> Batch:
+        logprobs = engines.score(self.engine, taken)
+        return Batch(logprobs, taken.behaviour, taken.mask, taken.advantage, taken.reward, taken.sampled)
 
-    def measure_gap(self) -> dict[str, float]:
-        """Trainer's minus engine's log-probability of the data's tokens under the frozen policy, nats.
+    def _identity(self) -> dict[str, Any]:
+        """All that a round's weights depend on; a checkpoint of another is not gone on with."""
+        return {
+            "datasets": [manifest.digest for manifest in self.view.manifests],
+            "rows": len(self.view),
+            "advantages": float(self.view.advantage.astype("float64").sum()),
+            "policy": self.parent.sha256,
+            "round": self.work.number,
+            "seed": self.work.recipe.seed,
+            "ranks": self.ranks,
+            "learning": self.settings.model_dump(mode="json", exclude={"checkpoint_every", "tensorboard"}),
+        }
+
+    def prepare(self) -> None:
+        """What comes before the first step, or, where a checkpoint of this very round is there, instead of it."""
+        state = checkpoints.load(self.engine, self.work.checkpoints, self._identity(), self.settings)
+        if state is not None:
+            self.steps, self.tokens, self.facts = state["steps"], state["tokens"], state["facts"]
+            self.resumed_at = self.parent.step + self.steps
+            self._attach_references(compute=False)
+            return
+        engines.load_moments(self.engine, self.work.out, self.parent.snapshot_id, self.settings)
+        self.engine.eval()
+        with torch.no_grad():
+            if self.attention is not None:
+                self._refuse_leaks()
+            self._attach_references(compute=True)
+            self.facts = self._measure()
+        self.engine.train()
+
+    def _attach_references(self, compute: bool) -> None:
+        """Recomputed log-probabilities where the recipe asks for them: found beside the data, or computed now."""
+        if self.settings.behaviour == "engine":
+            return
+        for place, manifest in enumerate(self.view.manifests):
+            folder = self.work.reference(self.view.places[place], manifest)
+            made_by = manifest.provenance.snapshot_sha256
+            policy = made_by if made_by not in ("", UNKNOWN) else self.parent.sha256
+            identity = {
+                "dataset": manifest.digest,
+                "policy": policy,
+                "temperature": self.engine.module.temperature,
+                "dtype": self.settings.dtype,
+            }
+            found = reference.find(folder, identity)
+            if found is None:
+                if policy != self.parent.sha256 or not compute:
+                    raise RequestError(
+                        f"{self.view.places[place].root}: written by snapshot {manifest.provenance.snapshot_id}, and "
+                        f"{self.work.policy} can't recompute what that one sampled; train that snapshot, or set "
+                        "learning.behaviour=engine"
+                    )
+                blocks = [block for block in self.view.blocks if block.place == place]
+                found = reference.recompute(
+                    folder, identity, blocks, self.settings, self.pad, self._logprobs, self.device
+                )
+            self.view.references[place] = found
+
+    def _logprobs(self, taken: Pass) -> torch.Tensor:
+        return engines.score(self.engine, taken)
+
+    def _refuse_leaks(self) -> None:
+        """Compares a packed pass with its sequences one by one, under plain attention, on the policy itself."""
+        assert self.attention is not None
+        rows = sorted({0, min(1, len(self.view) - 1), len(self.view) - 1})
+        examples = [batches.shortened(self.view.example(row), 48) for row in rows]
+        groups = self.view.sizes.group[rows].tolist()
+        packed = self._logprobs(batches.collate(examples, groups, self.pad, self.attention).to(self.device))
+        with packing.plain_attention(self.engine.module.model):
+            alone = [self._logprobs(batches.collate([one], [0], self.pad, None).to(self.device))[0] for one in examples]
+        packing.refuse_difference(packed, alone, self.settings, self.work.policy)
+
+    def _measure(self) -> dict[str, Any]:
+        """Compares trainer and behaviour policy on the data's tokens under the frozen policy, in nats a token.
 
         Raises WorkError where the mean is past the recipe's bound: the loss would regress on the difference.
         """
-        stride = max(1, len(self.view) // GAP_ROWS)
-        total = torch.zeros(3, dtype=torch.float64, device=self.device)
-        worst = torch.zeros((), device=self.device)
-        self.engine.eval()
-        with torch.no_grad():
-            for rows in self._plan(range(0, len(self.view), stride)):
-                batch = self._forward(self._collated(rows))
-                if rows:
-                    gap = (batch.logprobs - batch.behaviour).masked_fill(~batch.mask, 0.0)
-                    total += torch.stack([gap.sum(), gap.abs().sum(), batch.mask.sum()])
-                    worst = torch.maximum(worst, gap.abs().max())
-        self.engine.train()
-        if self.ranks > 1:
-            dist.all_reduce(total)
-            dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-        summed, summed_abs, tokens = total.tolist()
-        mean = summed / tokens
-        if not abs(mean) <= self.settings.max_logprob_gap:  # NaN is past every bound
+        rows = self.view.newest()
+        rows = rows[:: max(1, len(rows) // GAP_ROWS)]
+        gaps = insight.Gap(self.device), insight.Gap(self.device)
+        for part in self._plan(rows.tolist()):
+            batch = self._scored(self._pass(part))
+            if part:
+                gaps[0].add(batch.logprobs, batch.behaviour, batch.mask)
+                gaps[1].add(batch.logprobs, batch.sampled, batch.mask)
+        behaviour, sampled = (gap.over_ranks() for gap in gaps)
+        if not abs(behaviour["mean"]) <= self.settings.max_logprob_gap:  # NaN is past every bound
             raise WorkError(
-                f"{self.work.data.root}: engine and trainer disagree by {mean:+.4f} nats a token, more than "
-                f"learning.max_logprob_gap={self.settings.max_logprob_gap}; train the policy that wrote the data, "
-                "or let the trainer recompute with learning.behaviour=recomputed"
+                f"{self.work.data.root}: engine and trainer disagree by {behaviour['mean']:+.4f} nats a token, more "
+                f"than learning.max_logprob_gap={self.settings.max_logprob_gap}; train the policy that wrote the "
+                "data, or let the trainer recompute with learning.behaviour=recomputed"
             )
-        return {"mean": mean, "mean_abs": summed_abs / tokens, "max_abs": worst.item(), "tokens": tokens}
+        found: dict[str, Any] = {"logprob_gap": behaviour, "matmul_flops": insight.matmul_flops(self.device)}
+        if self.settings.behaviour == "recomputed":
+            # Null where the engine said nothing.
+            found["engine_gap"] = sampled if sampled["tokens"] else None
+        return found
 
     def run(self) -> None:
-        self.work.log.parent.mkdir(parents=True, exist_ok=True)
-        progress = Progress("learn", self.planned, "steps") if _rank() == 0 else None
-        with self.work.log.open("w", encoding="utf-8") as log:
-            for rows in batches.global_batches(self.view, self.settings, self.work.recipe.seed + self.work.number):
-                record = self._step(rows)
-                if _rank() == 0:
-                    log.write(json.dumps(record) + "\n")
-                    log.flush()
-                if progress is not None:
-                    progress.add(1, tokens=int(record["tokens"]), note=f"loss {record['loss']:.4f}")
+        """The round's optimizer steps that are still to be done."""
+        log = insight.Log(self.work.log, self.settings.tensorboard, until=self.parent.step + self.steps)
+        progress = Progress("learn", self.planned - self.steps, "steps") if dist.get_rank() == 0 else None
+        order = batches.global_batches(self.view, self.settings, self.work.recipe.seed + self.work.number)
+        done = self.steps
+        every = self.settings.checkpoint_every
+        for number, rows in enumerate(order):
+            if number < done:
+                continue
+            record = self._step(rows)
+            log.add(record)
+            if progress is not None:
+                progress.add(1, tokens=int(record["tokens"]), note=f"loss {record['loss']:.4f}")
+            if every and self.steps % every == 0:
+                state = {"steps": self.steps, "tokens": self.tokens, "facts": self.facts}
+                checkpoints.save(self.engine, self.work.checkpoints, self._identity(), state, self.settings)
+        log.close()
         if progress is not None:
             progress.close()
 
     def _step(self, rows: list[int]) -> dict[str, float]:
         started = time.monotonic()
-        rate = self._learning_rate()
+        rate = learning_rate(self.settings, self.work.number, self.steps, self.planned, self.parent.step)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
-        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.device)
+        sums = torch.zeros(len(self.names), dtype=torch.float64, device=self.device)
         plan = self._plan(rows)
-        for number, micro in enumerate(plan):
+        for number, part in enumerate(plan):
             self.engine.set_gradient_accumulation_boundary(number == len(plan) - 1)
-            padded = self._collated(micro)
-            batch = self._forward(padded)
-            losses, metrics = LOSSES[self.settings.loss](batch, Settings(self.settings.beta2))
+            taken = self._pass(part)
+            batch = self._scored(taken)
+            losses, metrics = LOSSES[self.settings.loss](batch, self.loss_settings)
             # Mean over the global batch: DeepSpeed averages gradients over ranks, so each rank's share is scaled up.
-            self.engine.backward(losses.sum() * (self.ranks / len(rows) if micro else 0.0))
+            self.engine.backward(losses.sum() * (self.ranks / len(rows) if part else 0.0))
             if number == len(plan) - 1:
                 norm = self._plain_norm()
             self.engine.step()
-            if micro:
-                positions = padded.ids.new_tensor([padded.ids.numel(), int(self.view.lengths[micro].sum())])
+            if part:
+                counted = [taken.ids.numel(), self.view.sizes.useful(part), self.work_of.flops(taken)]
+                metrics |= dict(zip(("positions", "useful", "flops"), torch.tensor(counted), strict=True))
                 metrics |= {"loss": losses.detach().sum(), "tokens": batch.mask.sum(), **diagnostics(batch)}
-                metrics |= {"positions": positions[0], "unpadded": positions[1]}
-                sums += torch.stack([metrics[name].double() for name in SUMS])
+                sums += torch.stack([metrics[name].double().to(self.device) for name in self.names])
         if self.ranks > 1:
             dist.all_reduce(sums)
         self.steps += 1
         norm = float(self.engine.get_global_grad_norm() or norm)
-        return self._record(dict(zip(SUMS, sums.tolist(), strict=True)), rows, rate, norm, time.monotonic() - started)
+        found = dict(zip(self.names, sums.tolist(), strict=True))
+        return self._record(found, rows, rate, norm, time.monotonic() - started)
 
     def _plain_norm(self) -> float:
         """Gradient norm before clipping where DeepSpeed keeps none: without ZeRO, in float32."""
         if self.engine.zero_optimization() or self.settings.dtype != "float32":
             return 0.0
         return torch.nn.utils.get_total_norm([p.grad for p in self.engine.parameters() if p.grad is not None]).item()
-
-    def _learning_rate(self) -> float:
-        s = self.settings
-        horizon = s.horizon_rounds or 1
-        done = self.steps / self.planned + (self.work.number if s.horizon_rounds else 0)
-        left = max(0.0, 1.0 - done / horizon)
-        floor = s.final_learning_rate
-        factor = {
-            "constant": 1.0,
-            "linear": floor + (1 - floor) * left,
-            "cosine": floor + (1 - floor) * 0.5 * (1 - math.cos(math.pi * left)),
-        }[s.schedule]
-        warm = min(1.0, (self.parent.step + self.steps + 1) / s.warmup_steps) if s.warmup_steps else 1.0
-        return s.learning_rate * factor * warm
 
     def _record(
         self, sums: dict[str, float], rows: list[int], rate: float, norm: float, seconds: float
@@ -312,7 +365,7 @@ class _Learner:
         return {
             "step": step,
             "loss": loss,
-            "residual_abs": sums["residual_abs"] / count,
+            **{name: sums[name] / count for name in EXTRA[self.settings.loss]},
             "log_ratio": sums["log_ratio"] / count,
             "log_ratio_abs": sums["log_ratio_abs"] / count,
             "kl_k1": sums["kl_k1"] / tokens,
@@ -323,51 +376,50 @@ class _Learner:
             "learning_rate": rate,
             "lag": step - self.view.example(rows[0]).snapshot_step,
             "tokens": tokens,
-            "padding": 1 - sums["unpadded"] / sums["positions"],
+            # Positions computed that belong to no sequence, and those that a shared prompt saved.
+            "padding": max(0.0, 1 - sums["useful"] / sums["positions"]),
+            "shared": max(0.0, 1 - sums["positions"] / sums["useful"]),
+            "utilisation": sums["flops"] / seconds / (self.facts["matmul_flops"] * self.ranks),
             "seconds": round(seconds, 4),
         }
 
     def publish(self) -> snapshots.Snapshot:
         """Writes the next snapshot. Raises WorkError, publishing nothing, where a weight is not finite."""
-        state = _gathered(self.engine)
+        state = engines.gathered(self.engine, self.settings)
+        chosen: list[Any] = [None]
+        if dist.get_rank() == 0:
+            try:
+                chosen = [self._published(state)]
+            except OaplError as error:  # the other ranks wait for the answer
+                chosen = [error]
+        if self.ranks > 1:
+            dist.broadcast_object_list(chosen)
+        if isinstance(chosen[0], OaplError):
+            raise chosen[0]
+        engines.keep_moments(self.engine, self.work.out, chosen[0], self.parent.snapshot_id, self.settings)
+        return snapshots.load_record(self.work.out / chosen[0])
+
+    def _published(self, state: dict[str, torch.Tensor]) -> str:
         for name, weight in state.items():
             if not torch.isfinite(weight).all():
                 raise WorkError(f"learning made {name} non-finite; nothing was published. Lower learning.learning_rate")
-        step = self.parent.step + self.steps
         model = self.engine.module.model
 
         def fill(folder: Path) -> None:
             save_policy(model, self.work.policy, folder, state)
 
-        chosen: list[Any] = [None]
-        if _rank() == 0:
-            published = snapshots.publish(
-                self.work.out,
-                fill,
-                parent=self.parent.snapshot_id,
-                round=self.work.number,
-                step=step,
-                recipe_sha256=self.work.recipe.digest(),
-            )
-            chosen = [published.snapshot_id]
-        if self.ranks > 1:
-            dist.broadcast_object_list(chosen)
-        if self.settings.keep_optimizer:
-            self._keep_optimizer(chosen[0])
-        return snapshots.load_record(self.work.out / chosen[0])
-
-    def _keep_optimizer(self, snapshot_id: str) -> None:
-        folder = optimizer_folder(self.work.out)
-        self.engine.save_checkpoint(str(folder), tag=snapshot_id, save_latest=False)
-        if _rank() == 0:
-            for old in folder.iterdir():
-                if old.is_dir() and old.name not in (snapshot_id, self.parent.snapshot_id):
-                    shutil.rmtree(old)
+        return snapshots.publish(
+            self.work.out,
+            fill,
+            parent=self.parent.snapshot_id,
+            round=self.work.number,
+            step=self.parent.step + self.steps,
+            recipe_sha256=self.work.recipe.digest(),
+        ).snapshot_id
 
 
 SUMS = (
     "loss",
-    "residual_abs",
     "log_ratio",
     "log_ratio_abs",
     "kl_k1",
@@ -376,21 +428,7 @@ SUMS = (
     "advantage_abs",
     "tokens",
     "positions",
-    "unpadded",
+    "useful",
+    "flops",
 )
 """What a step adds up over forward passes and ranks, in sums over sequences or tokens."""
-
-
-def _gathered(engine: Any) -> dict[str, torch.Tensor]:
-    """The model's whole weights, on the host of rank 0; under ZeRO-3 they are gathered one by one."""
-    model = engine.module.model
-    if engine.zero_optimization_stage() < 3:
-        return {name: value.detach().cpu() for name, value in model.state_dict().items()}
-    import deepspeed
-
-    state = {}
-    for name, parameter in model.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter]):
-            if _rank() == 0:
-                state[name] = parameter.detach().cpu().clone()
-    return state

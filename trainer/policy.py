@@ -20,11 +20,11 @@ CHAT_TEMPLATE = (
 )
 
 
-def load_policy(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+def load_policy(folder: Path, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> Any:
     """The causal language model in `folder`, in evaluation mode until told otherwise."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
 
 
 def load_tokenizer(folder: Path) -> Any:

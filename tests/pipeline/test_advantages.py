@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from pipeline.advantages import advantages, is_uniform, value
+from pipeline.advantages import advantages, is_uniform, standardised, value
 
 
 @pytest.mark.parametrize("beta1", [0.05, 0.3, 1.0, 7.0, 100.0])
@@ -53,3 +53,10 @@ def test_equal_rewards_have_no_advantage() -> None:
         assert is_uniform([reward] * 5)
     assert not is_uniform([0.3, 0.3, 0.30001])
     assert is_uniform([0.4])
+
+
+def test_standardised_by_hand() -> None:
+    # Mean 1/4, deviation sqrt(3)/4.
+    expected = [0.75, -0.25, -0.25, -0.25] / (np.sqrt(3) / 4 + 1e-6)
+    np.testing.assert_allclose(standardised([1, 0, 0, 0]), expected, rtol=1e-12)
+    np.testing.assert_array_equal(standardised([1, 1]), [0.0, 0.0])
