@@ -41,14 +41,10 @@ SHARD_BYTES = 128 << 20
 """Long completions close a row group and a shard before the rows do, so that memory stays flat."""
 
 _DICTIONARY = ["snapshot_id", "prompt_id", "finish_reason"]
-_LEVELS = {
-    # Measured (benchmarks/store): plain token ids under zstd 3 are a quarter smaller than dictionary-encoded ones,
-    # which hide repeated phrases from zstd. Split floats are noise in three bytes of four: level 1 loses nothing.
-    "prompt_tokens.list.element": 1,
-    "completion_tokens.list.element": 1,
-    "completion": 1,
-    "logprobs.list.element": 1,
-}
+_SPLIT = ["prompt_tokens.list.element", "completion_tokens.list.element", "logprobs.list.element"]
+"""Columns stored with byte-stream-split: bytes of one significance together, which is what zstd can use."""
+_LEVELS = {"completion": 3, **dict.fromkeys(_SPLIT, 1)}
+"""zstd levels, measured (docs/decisions/store.md): numbers gain nothing by a higher one."""
 
 RESUME_IGNORES = frozenset({"recipe", "code_version", "parents"})
 """Provenance that may differ on resume: none of it changes what a prompt's completions are drawn from."""
@@ -405,8 +401,8 @@ def _key(group: Packed | pa.RecordBatch) -> tuple[str, int, str]:
 def write_shard(path: Path, groups: Iterable[Packed | pa.RecordBatch], provenance: Provenance) -> Shard:
     """Writes whole groups as one durable Parquet file, sorted by prompt.
 
-    Row groups hold whole groups. Log-probabilities are stored with byte-stream-split (the bytes of a float's
-    exponent compress among themselves), tokens as they are; both then go through zstd. Each page has a checksum.
+    Row groups hold whole groups. Tokens and log-probabilities are stored with byte-stream-split (the bytes of a
+    float's exponent compress among themselves) and go through zstd. Each page has a checksum.
     """
     ordered = sorted(groups, key=lambda group: (_key(group)[2], *_key(group)))
     rows = tokens = 0
@@ -418,7 +414,7 @@ def write_shard(path: Path, groups: Iterable[Packed | pa.RecordBatch], provenanc
             compression_level=_LEVELS,
             use_dictionary=_DICTIONARY,
             write_statistics=["round", *_DICTIONARY],
-            use_byte_stream_split=["logprobs.list.element"],
+            use_byte_stream_split=_SPLIT,
             write_page_checksum=True,
             data_page_version="1.0",
         ) as writer:
