@@ -107,9 +107,21 @@ def wait_child(children: dict[int, Any], end: float) -> tuple[Any, int] | None:
             if pid == 0:
                 break
         left = end - time.monotonic()
-        if left <= 0:
+        if left <= 0 or hung_up():
             return None
-        signal.sigtimedwait([signal.SIGCHLD], left)
+        signal.sigtimedwait([signal.SIGCHLD], min(left, LOOK_S))
+
+
+LOOK_S = 0.05
+"""How often the first process looks whether the judge has hung up, while a child runs."""
+
+
+def hung_up() -> bool:
+    """Whether the judge is gone or has seen enough. Only a nested first process looks: any other is killed."""
+    return _LINE is not None and bool(_LINE.poll(0))
+
+
+_LINE: Any = None
 
 
 def contents(fd: int, limit: int) -> bytes:
@@ -345,6 +357,9 @@ def watch(control: int, children: list[Child], limits: Limits) -> None:
     end = time.monotonic() + limits["seconds"]
     while children:
         ended = wait_child({child.pid: child for child in children}, end)
+        if hung_up():
+            end_all([child.pid for child in children], limits["alone"])
+            os._exit(0)
         if len(children) == 1 or ended is None:
             end_all([child.pid for child in children], limits["alone"])
         if ended is None:
@@ -356,7 +371,7 @@ def watch(control: int, children: list[Child], limits: Limits) -> None:
         child.report(control, status, limits)
 
 
-def main(control: int, channels: list[int]) -> tuple[Any, ...] | None:
+def main(control: int, channels: list[int]) -> tuple[Any, ...]:
     """The first process: takes work until the judge hangs up. Returns the work in a forked child."""
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -371,7 +386,7 @@ def main(control: int, channels: list[int]) -> tuple[Any, ...] | None:
         try:
             limits, work = marshal.loads(read_frame(control))
         except EOFError:
-            return None
+            os._exit(0)  # taking the interpreter down in order would cost as much as starting it
         files = [scratch_file(limits["alone"]) for _ in range(4)]  # standard input, output, error; the result
         if work[0] == "stdin":
             os.pwrite(files[0], work[2].encode("utf-8", "surrogateescape"), 0)
@@ -386,6 +401,85 @@ def main(control: int, channels: list[int]) -> tuple[Any, ...] | None:
             os.close(channel)
         if not channels or channel is None:
             watch(control, children, limits)
+
+
+_NEW_PID = 0x20000000
+_NEW_MOUNTS_AND_IPC = 0x00020000 | 0x08000000
+_NO_SUID_NO_DEVICES = 2 | 4
+_PRIVATE = 0x4000 | 0x40000  # MS_REC, MS_PRIVATE
+
+
+def nursery(fd: int) -> tuple[int, list[int]]:
+    """Stays in an outer sandbox, with everything imported, and forks a nested sandbox for each set of sockets that
+    arrives, until the judge hangs up. Returns those sockets in the nested first process."""
+    import ctypes
+    import gc
+    import select
+    import socket
+
+    for module in (*_COMMON, "resource", "_sitebuiltins"):
+        __import__(module)
+    load_values()
+    libc = ctypes.CDLL(None, use_errno=True)
+    size = int.from_bytes(read_exactly(fd, 4), "big")
+    tmp_bytes = int.from_bytes(read_exactly(fd, 8), "big")
+    program = read_exactly(fd, size)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gc.collect()
+    gc.freeze()
+    line = socket.socket(fileno=fd)
+    myself = os.pidfd_open(os.getpid())
+    write_frame(fd, b"ready")
+    while True:
+        message, fds, _, _ = socket.recv_fds(line, 16, 8)
+        if not message:
+            os._exit(0)
+        # The next child is the first process of a new PID namespace; those after it are not.
+        if libc.unshare(_NEW_PID) != 0:
+            os._exit(99)
+        child = os.fork()
+        if child and libc.setns(myself, _NEW_PID) != 0:
+            os._exit(99)
+        if child == 0:
+            line.close()
+            nest(libc, program, tmp_bytes)
+            global _LINE
+            _LINE = select.poll()
+            _LINE.register(fds[0], select.POLLHUP | select.POLLRDHUP)
+            return fds[0], fds[1:]
+        for passed in fds:
+            os.close(passed)
+
+
+def nest(libc: Any, program: bytes, tmp_bytes: int) -> None:
+    """Called by the first process of a new PID namespace; gives it new mount and IPC namespaces, fresh /tmp and
+    /dev/shm, no capability, and the filter of system calls. Any step that fails ends the process."""
+    import ctypes
+
+    def must(result: int) -> None:
+        if result != 0:
+            os._exit(99)
+
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    must(libc.unshare(_NEW_MOUNTS_AND_IPC))
+    must(libc.prctl(1, signal.SIGKILL, 0, 0, 0))  # PR_SET_PDEATHSIG
+    must(libc.mount(None, b"/", None, _PRIVATE, None))
+    for folder in (b"/tmp", b"/dev/shm"):
+        options = b"mode=1777,size=%d" % tmp_bytes
+        must(libc.mount(b"tmpfs", folder, b"tmpfs", _NO_SUID_NO_DEVICES, options))
+    os.chdir("/tmp")
+    must(libc.prctl(47, 4, 0, 0, 0))  # PR_CAP_AMBIENT, CLEAR_ALL
+    header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    must(libc.capset(header, none))
+    must(libc.prctl(38, 1, 0, 0, 0))  # PR_SET_NO_NEW_PRIVS
+    buffer = ctypes.create_string_buffer(program, len(program))
+
+    class Filter(ctypes.Structure):
+        _fields_ = (("length", ctypes.c_ushort), ("steps", ctypes.c_void_p))
+
+    loaded = Filter(len(program) // 8, ctypes.addressof(buffer))
+    must(libc.prctl(22, 2, ctypes.byref(loaded), 0, 0))  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
 
 
 def end_like_python(code: int) -> None:
@@ -413,14 +507,17 @@ def exit_code(error: SystemExit) -> int:
 
 
 if __name__ == "__main__":
-    _work = main(int(sys.argv[1]), [int(_channel) for _channel in sys.argv[2:]])
-    if _work is not None:
-        _code = 0
-        try:
-            run_child(_work)
-        except SystemExit as _error:
-            _code = exit_code(_error)
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-            _code = 1
-        end_like_python(_code)
+    if sys.argv[2:] == ["nursery"]:
+        _sockets = nursery(int(sys.argv[1]))
+    else:
+        _sockets = int(sys.argv[1]), [int(_channel) for _channel in sys.argv[2:]]
+    _work = main(*_sockets)
+    _code = 0
+    try:
+        run_child(_work)
+    except SystemExit as _error:
+        _code = exit_code(_error)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        _code = 1
+    end_like_python(_code)

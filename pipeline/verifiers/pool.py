@@ -34,6 +34,7 @@ SHARED = 1 << 14
 """Cases that may wait for another one's verdict."""
 FIRST_WORD_S = 10.0
 """Until a worker says how long its case may take, or that it has to import math-verify first."""
+CLOSE_S = 10.0
 
 
 @dataclass(slots=True)
@@ -109,6 +110,9 @@ class Nursery:
             self._control.close()
             self._control = None
         if self._process is not None:
+            # It ends by itself when we hang up, and everything below it before.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(CLOSE_S)
             self._process.kill()
             self._process.wait()
             self._process = None

@@ -23,6 +23,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from pipeline.verifiers.cases import Case, Outcome, Verifier, shorten
+from pipeline.verifiers.sandbox import allow_nurseries, end_descendants
 
 IMPORT_S = 120.0
 """How long a worker may take to import math-verify, on a machine under load."""
@@ -43,6 +44,7 @@ def nursery(fd: int) -> None:
     while True:
         message, fds, _, _ = socket.recv_fds(control, 1 << 16, 1)
         if not message:
+            end_descendants(mine)
             return
         for module in json.loads(message):
             importlib.import_module(module)
@@ -62,6 +64,7 @@ def nursery(fd: int) -> None:
 def _serve(fd: int) -> None:
     """Judges what arrives until the pool hangs up."""
     pool = Connection(fd)
+    allow_nurseries()
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         settings = SimpleNamespace(**json.loads(pool.recv_bytes()))
         line = _Line(pool)
