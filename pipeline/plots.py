@@ -36,7 +36,7 @@ def draw_rounds(entries: Sequence[dict[str, Any]], curves: Sequence[Curve], out:
     for axis in axes[0][len(panels) :]:
         axis.set_visible(False)
     _data(axes[1][0], entries)
-    _steps(axes[1][1], curves, "loss", "Loss by optimizer step")
+    _steps(axes[1][1], curves, "loss", "Loss")
     _steps(axes[1][2], curves, "log_ratio", "Mean log-ratio log π − log μ, nats a sequence")
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.{os.getpid()}")
@@ -60,7 +60,7 @@ def _pass_at_k(axis: Any, entries: Sequence[dict[str, Any]], task: str | None) -
         )
     axis.set_xlim(-0.4, max(1, len(names)) - 0.6)
     axis.set_ylim(0, 1.03)
-    _by_round(axis, names, "Held-out pass@k, " + ("all prompts" if task is None else task))
+    _by_round(axis, names, "Held-out pass@k after each round, " + ("all prompts" if task is None else task))
     if means:
         axis.legend(frameon=False, fontsize=8, loc="lower right", ncols=len(ks))
 
@@ -92,6 +92,8 @@ def _steps(axis: Any, curves: Sequence[Curve], name: str, title: str) -> None:
         axis.plot(curve.steps, values, color=colour, linewidth=0.8, alpha=0.35, marker="." if len(values) < 5 else None)
         axis.plot(curve.steps, _smoothed(values), color=colour, linewidth=1.8, label=f"round {curve.round}")
     _plain(axis, title)
+    if name == "loss":
+        axis.set_yscale("log")  # a batch in a hundred has ten times the loss of the others
     axis.set_xlabel("optimizer step", fontsize=8, color=FAINT)
     axis.xaxis.get_major_locator().set_params(integer=True)
     if 1 < len(curves) <= len(COLOURS):
@@ -113,7 +115,7 @@ def _names(entries: Sequence[dict[str, Any]]) -> list[str]:
 def _by_round(axis: Any, names: Sequence[str], title: str) -> None:
     step = max(1, -(-len(names) // 12))
     axis.set_xticks(range(0, len(names), step), names[::step])
-    axis.set_xlabel("after round", fontsize=8, color=FAINT)
+    axis.set_xlabel("round", fontsize=8, color=FAINT)
     _plain(axis, title)
 
 
