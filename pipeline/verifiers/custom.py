@@ -4,13 +4,14 @@
 
     def judge(completion: Completion, reference: Reference) -> Outcome | float: ...
 
-It runs in a worker that is killed after `verification.code_timeout_s`; whatever it raises makes the verdict
-`crashed`. A number is a reward: 1 is correct, less is wrong with that much credit. It is trusted code of the
+It runs in a worker that is killed after `verification.code_timeout_s`; modules that take long to import are named in
+the module's `PRELOAD`, a tuple, and don't count. Whatever it raises makes the verdict `crashed`. A number is a reward: 1 is correct, less is wrong with that much credit. It is trusted code of the
 user's: programs it is given to judge are not kept apart unless it does so.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import inspect
@@ -41,7 +42,9 @@ def load_custom(path: str) -> Verifier:
         alive(settings.code_timeout_s)
         return _as_outcome(function(Completion(case.id, case.response), Reference(case.answer, case.tests)), path)
 
-    return Verifier(name=path, version=lambda: _version(module, function), glance=lambda case: case, judge=judge)
+    preload = tuple(getattr(module, "PRELOAD", ()))
+    version = functools.partial(_version, module, function)
+    return Verifier(name=path, version=version, glance=lambda case: case, judge=judge, preload=preload)
 
 
 def _as_outcome(said: Any, path: str) -> Outcome:

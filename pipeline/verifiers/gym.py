@@ -20,6 +20,7 @@ def version() -> str:
 
 
 VERSION = version()
+PRELOAD = ("reasoning_gym",)
 
 
 def judge(completion: Completion, reference: Reference) -> Outcome:
