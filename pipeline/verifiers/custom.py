@@ -5,8 +5,9 @@
     def judge(completion: Completion, reference: Reference) -> Outcome | float: ...
 
 It runs in a worker that is killed after `verification.code_timeout_s`; modules that take long to import are named in
-the module's `PRELOAD`, a tuple, and don't count. Whatever it raises makes the verdict `crashed`. A number is a reward: 1 is correct, less is wrong with that much credit. It is trusted code of the
-user's: programs it is given to judge are not kept apart unless it does so.
+the module's `PRELOAD`, a tuple, and don't count. Whatever it raises makes the verdict `crashed`. A number is a reward:
+1 is correct, less is wrong with that much credit. It is trusted code of the user's: programs it is given to judge are
+not kept apart unless it does so.
 """
 
 from __future__ import annotations
