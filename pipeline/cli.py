@@ -14,6 +14,7 @@ from pipeline.errors import OaplError, RequestError
 if TYPE_CHECKING:
     from pipeline.generation.engine import Engine
     from pipeline.recipe import Recipe
+    from pipeline.rollouts.locate import Located
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -103,21 +104,31 @@ def generate(
 @app.command()
 def verify(
     file: Annotated[
-        Path, typer.Argument(metavar="FILE.jsonl", help="A case a line: id, task, response, answer or tests.")
+        Path,
+        typer.Argument(
+            metavar="FILE.jsonl", help="A case a line: id, task, response, answer or tests; or a folder of rollouts."
+        ),
     ],
-    out: Annotated[Path, typer.Option("--out", help="Where verdicts go, .jsonl or .parquet.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Where verdicts go, .jsonl or .parquet; a folder's go into it.")
+    ] = None,
     recipe: RecipeOption = None,
     set: SetOption = None,
 ) -> None:
     """Judge answers and programs. Needs no model."""
     settings = _settings(recipe, set or [])
+    if file.is_dir():
+        from pipeline.rollouts.locate import locate
 
-    from pipeline.verifiers.command import verify_file
+        counts, place = _judge(locate(file), settings)
+    elif out is None:
+        raise RequestError("verify needs --out, a .jsonl or .parquet file for the verdicts")
+    else:
+        from pipeline.verifiers.command import verify_file
 
-    counts = verify_file(file, out, settings.verification)
-    typer.echo(
-        f"{out}: {sum(counts.values()):,} verdicts" + "".join(f", {n:,} {name}" for name, n in sorted(counts.items()))
-    )
+        counts, place = verify_file(file, out, settings.verification), out
+    words = "".join(f", {count:,} {name}" for name, count in sorted(counts.items()))
+    typer.echo(f"{place}: {sum(counts.values()):,} verdicts{words}")
 
 
 @app.command()
@@ -138,6 +149,9 @@ def train(
     from pipeline.rollouts.locate import locate
 
     found = locate(rollouts, round)
+    if found.verdicts is None:
+        counts, place = _judge(found, settings)
+        typer.echo(f"{place}: {sum(counts.values()):,} verdicts")
     words = ["trainer", "--rollouts", str(found.root), "--policy", str(policy), "--out", str(out)]
     if found.round is not None:
         words += ["--round", str(found.round)]
@@ -187,6 +201,19 @@ def _settings(recipe: str | None, overrides: list[str]) -> Recipe:
 
 def _overrides(given: list[str] | None, **flags: int | None) -> list[str]:
     return [*(given or []), *(f"{key}={value}" for key, value in flags.items() if value is not None)]
+
+
+def _judge(found: Located, settings: Recipe) -> tuple[dict[str, int], Path]:
+    """Verdicts for rollouts that have none yet, where `locate` finds them."""
+    from pipeline.layout import Run
+    from pipeline.scoring import score
+
+    if found.prompts is None:
+        raise RequestError(f"{found.root}: no prompts.parquet beside the rollouts, so no answers to judge by")
+    place = found.verdicts or found.rollouts / "verdicts"
+    if found.round is not None:
+        place = Run(found.root.parent.parent, found.root.name).verdicts(found.round)
+    return score(found.rollouts, found.prompts, place, settings.verification).statuses, place
 
 
 def _require(policy: Path) -> None:
