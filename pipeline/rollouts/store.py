@@ -359,13 +359,20 @@ class RolloutWriter:
             raise WorkError(f"{self.folder}: a shard could not be written before; begin again, and it resumes")
         if self._writing is None:
             return
-        (future, prompts), self._writing, self._failed = self._writing, None, True
+        future, prompts = self._writing
         try:
-            self.manifest = future.result()
-        except OSError as error:  # a full disk or a lost mount: people need the line, not the stack
-            kept = f" ({self.manifest.rows} rows in {len(self.manifest.shards)} shards are committed and stay valid)"
-            raise durable.work_error(self.folder, error, kept) from error
-        self._failed = False
+            manifest = future.result()
+        except (
+            Exception
+        ) as error:  # whatever it was, nothing may be written after the gap; an interrupt is none of these
+            self._writing, self._failed = None, True
+            if isinstance(error, OSError):  # a full disk or a lost mount: people need the line, not the stack
+                kept = (
+                    f" ({self.manifest.rows} rows in {len(self.manifest.shards)} shards are committed and stay valid)"
+                )
+                raise durable.work_error(self.folder, error, kept) from error
+            raise
+        self._writing, self.manifest = None, manifest
         self.committed |= prompts
 
     def _write(self, groups: list[Packed | pa.RecordBatch]) -> Manifest:
