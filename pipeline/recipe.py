@@ -151,7 +151,8 @@ class Learning(_Part):
     offload: Literal["none", "optimizer", "all"] = "none"
     """What DeepSpeed keeps in the host's memory: the optimizer (from zero_stage 1), or weights, too (zero_stage 3)."""
     dtype: DType = "float32"
-    """bfloat16 computes in bfloat16 and keeps float32 master weights in the optimizer."""
+    """bfloat16 computes in bfloat16 and keeps float32 master weights in the optimizer (so it runs
+    as zero_stage 1 at the least)."""
     attention: Literal["sdpa", "eager", "flash", "flex"] = "sdpa"
     """Kernel of attention; flash (needs flash-attn) and flex are for GPUs."""
     packing: bool = True

@@ -30,10 +30,15 @@ def _arguments() -> argparse.Namespace:
 
 def main() -> None:
     try:
+        from pipeline import snapshots
         from pipeline.recipe import load_recipe
+        from pipeline.rollouts.locate import locate
 
         arguments = _arguments()
         ranks = load_recipe(arguments.recipe).learning.ranks
+        # What is missing is said before seconds are spent on imports and ranks.
+        snapshots.load_record(arguments.policy)
+        locate(arguments.rollouts, arguments.round)
         if "RANK" in os.environ or ranks == 1:
             _be_a_rank(arguments)
         else:
@@ -54,6 +59,9 @@ def _be_a_rank(arguments: argparse.Namespace) -> None:
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # a stage has one bar, its own
 
     if "RANK" not in os.environ:
         os.environ |= {

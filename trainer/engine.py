@@ -53,7 +53,9 @@ def score(engine: Any, taken: Pass) -> torch.Tensor:
 
 def deepspeed_config(settings: Learning) -> dict[str, Any]:
     """What DeepSpeed is told. Accumulation is set by hand at each step, since its count follows the lengths."""
-    zero: dict[str, Any] = {"stage": settings.zero_stage}
+    # Without ZeRO, DeepSpeed would train bfloat16 weights themselves; from stage 1 on there are float32 master weights.
+    stage = max(settings.zero_stage, 1) if settings.dtype == "bfloat16" else settings.zero_stage
+    zero: dict[str, Any] = {"stage": stage}
     if settings.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu"}
     if settings.offload == "all":
@@ -176,7 +178,7 @@ def keep_moments(engine: Any, out: Path, snapshot_id: str, parent: str, settings
         shutil.rmtree(folder / snapshot_id, ignore_errors=True)
         (folder / ".partial").rename(folder / snapshot_id)
         for old in folder.iterdir():
-            if old.name not in (snapshot_id, parent):
+            if old.is_dir() and old.name not in (snapshot_id, parent):
                 shutil.rmtree(old)
     dist.barrier()
 

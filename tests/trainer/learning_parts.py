@@ -93,10 +93,13 @@ def write_dataset(
     round: int = 0,
     reward: Callable[[int, int], float | None] = lambda prompt, sample: float((prompt + sample) % 3 == 0),
     verdicts: bool = True,
+    tokenizer: str | None = None,
+    largest: int | None = None,
 ) -> Made:
     """Rollouts of random tokens, as `oapl generate` leaves them, with log-probabilities from the float64 model.
 
     `noise` keeps the learner's first log-ratio from being zero; `shift` is the engine's bias in nats a token.
+    `largest` puts a token into the last completion after its log-probabilities were made.
     """
     rng = random.Random(seed)
     record = snapshots.load_record(policy)
@@ -109,6 +112,8 @@ def write_dataset(
             with torch.no_grad():
                 exact = plain_logprobs(model, tokens, completion, temperature).tolist()
             stored = [min(0.0, value + rng.gauss(0, noise) - shift) for value in exact] if logprobs else None
+            if largest is not None and prompt == prompts - 1:
+                completion[-1] = largest
             name = rollout_id(record.snapshot_id, round, prompt_id, sample, sample)
             rollout = Rollout(
                 name, round, record.snapshot_id, record.step, prompt_id, sample, tokens, completion, stored,
@@ -124,7 +129,7 @@ def write_dataset(
         logprobs_mode="processed_logprobs" if logprobs else "missing",
         engine="test",
         engine_version="0",
-        tokenizer_sha256=record.tokenizer_sha256,
+        tokenizer_sha256=record.tokenizer_sha256 if tokenizer is None else tokenizer,
         chat_template_sha256=record.chat_template_sha256,
         code_version="test",
         prompts_sha256="",

@@ -112,18 +112,6 @@ def test_the_same_round_gives_the_same_weights(learn_here: Learn, recipe: Recipe
     assert first.summary["snapshot_id"] == second.summary["snapshot_id"]
 
 
-@pytest.mark.parametrize("budget", [1, 40, 100_000])
-def test_forward_passes_may_be_cut_anyhow(learn_here: Learn, recipe: Recipes, dataset: Made, budget: int) -> None:
-    """Accumulation: one sequence a pass, a few, or all in one."""
-    reference = learn_here(dataset.place, recipe(micro_batch_tokens=200))
-    other = learn_here(dataset.place, recipe(micro_batch_tokens=budget))
-    for ours, theirs in zip(reference.log, other.log, strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
-        assert ours["tokens"] == theirs["tokens"]
-    for name, value in reference.weights().items():
-        torch.testing.assert_close(value, other.weights()[name], rtol=0, atol=1e-5)
-
-
 def test_moments_are_carried_into_the_next_round(learn_here: Learn, recipe: Recipes, dataset: Made) -> None:
     """Two rounds of one epoch with moments kept equal one of two epochs, the order of its batches aside."""
     whole = recipe(batch_size=len(all_sequences(dataset, 1.0)), epochs=2, max_logprob_gap=9.0)
