@@ -46,12 +46,24 @@ def instance_config(storage: str) -> dict[str, Any]:
 
 
 def prepare_home(data: Path) -> Path:
-    """Makes `<data>/dagster` a DAGSTER_HOME, and returns it. A dagster.yaml that a person changed stays."""
+    """Makes `<data>/dagster` a DAGSTER_HOME, and returns it.
+
+    A dagster.yaml that a person changed stays; one that was written here before the folder was moved is written anew.
+    """
     home = dagster_home(data.absolute())
     home.mkdir(parents=True, exist_ok=True)
     file = home / "dagster.yaml"
-    if not file.exists():
+    if not file.exists() or _is_own(file):
         partial = home / f".dagster.yaml.{os.getpid()}"
         partial.write_text(yaml.safe_dump(instance_config(str(home)), sort_keys=False), encoding="utf-8")
         partial.rename(file)
     return home
+
+
+def _is_own(file: Path) -> bool:
+    """Whether the file says just what this program writes, for whichever folder."""
+    found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    try:
+        return bool(found == instance_config(found["storage"]["sqlite"]["base_dir"]))
+    except (KeyError, TypeError):
+        return False  # a person's own storage

@@ -79,7 +79,7 @@ def _result(work: Step) -> Made:
         metadata={
             **{f"pass@{k}": estimate.mean for k, estimate in found.overall.items()},
             **{f"pass@1 {name}": ks[1].mean for name, ks in found.by_source.items() if 1 in ks},
-            "picture": picture(work.run.picture),
+            "picture": picture(work.run.small_picture),
             "estimates": _table(found),
             "gain in pass@1": _gain(found, previous),
             "mean tokens": found.mean_tokens,

@@ -92,6 +92,11 @@ class Run:
         return self.report / "rounds.png"
 
     @property
+    def small_picture(self) -> Path:
+        """The same, as wide as a dialogue of Dagster's UI."""
+        return self.report / "rounds-small.png"
+
+    @property
     def page(self) -> Path:
         return self.report / "index.html"
 

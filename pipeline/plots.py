@@ -12,12 +12,16 @@ if TYPE_CHECKING:
 
 INK, FAINT, PALE = "#1f2430", "#6a7184", "#e3e6ee"
 COLOURS = ("#2f6fde", "#e0772a", "#2a9d6f", "#9b51c7", "#c2394b")
+WIDTH = 12.5
+"""Inches."""
 MOST_TASKS = 2
 """Tasks that have a panel of their own beside the one of all prompts."""
 
 
-def draw_rounds(entries: Sequence[dict[str, Any]], curves: Sequence[Curve], out: Path, *, title: str) -> None:
-    """Draws the report's entries and the learner's curves as PNG, written beside its place and renamed into it.
+def draw_rounds(
+    entries: Sequence[dict[str, Any]], curves: Sequence[Curve], pictures: dict[Path, int], *, title: str
+) -> None:
+    """Draws the report's entries and the learner's curves as PNG; `pictures` says where, and how many pixels wide.
 
     Above: pass@k by round with 95 % intervals, for all prompts and for up to MOST_TASKS tasks. Below: reward and
     length of what was learned from, the loss, and the log-ratio by optimizer step.
@@ -25,7 +29,7 @@ def draw_rounds(entries: Sequence[dict[str, Any]], curves: Sequence[Curve], out:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12.5, 7.2), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(WIDTH, 7.2), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 3)
     figure.suptitle(f"Run {title}", x=0.012, ha="left", fontsize=14, fontweight="bold", color=INK)
@@ -38,10 +42,11 @@ def draw_rounds(entries: Sequence[dict[str, Any]], curves: Sequence[Curve], out:
     _data(axes[1][0], entries)
     _steps(axes[1][1], curves, "loss", "Loss")
     _steps(axes[1][2], curves, "log_ratio", "Mean log-ratio log π − log μ, nats a sequence")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.{os.getpid()}")
-    figure.savefig(partial, format="png", dpi=110)
-    partial.rename(out)
+    for out, width in pictures.items():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = out.with_name(f".{out.name}.{os.getpid()}")
+        figure.savefig(partial, format="png", dpi=width / WIDTH)
+        partial.rename(out)
 
 
 def _pass_at_k(axis: Any, entries: Sequence[dict[str, Any]], task: str | None) -> None:
@@ -93,11 +98,20 @@ def _steps(axis: Any, curves: Sequence[Curve], name: str, title: str) -> None:
         axis.plot(curve.steps, _smoothed(values), color=colour, linewidth=1.8, label=f"round {curve.round}")
     _plain(axis, title)
     if name == "loss":
-        axis.set_yscale("log")  # a batch in a hundred has ten times the loss of the others
+        _logarithmic(axis)  # a batch in a hundred has ten times the loss of the others
     axis.set_xlabel("optimizer step", fontsize=8, color=FAINT)
     axis.xaxis.get_major_locator().set_params(integer=True)
     if 1 < len(curves) <= len(COLOURS):
         axis.legend(frameon=False, fontsize=8)
+
+
+def _logarithmic(axis: Any) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_locator(NullLocator())
 
 
 def _smoothed(values: Sequence[float], share: float = 0.12) -> list[float]:

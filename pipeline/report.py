@@ -137,14 +137,14 @@ def _thinned(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def write_report(run: Run) -> list[dict[str, Any]]:
-    """Writes summary.json, rounds.png and index.html of the run and returns the summary's entries."""
+    """Writes summary, pictures and page of the run, and returns the summary's entries."""
     from pipeline.plots import draw_rounds
 
     found = list(entries(run))
     run.report.mkdir(parents=True, exist_ok=True)
     _replace(run.summary, json.dumps({"rounds": found}, indent=1) + "\n")
     curves = [curve(run, entry["round"]) for entry in found if entry["round"] is not None]
-    draw_rounds(found, curves, run.picture, title=run.name)
+    draw_rounds(found, curves, {run.picture: 1400, run.small_picture: 1050}, title=run.name)
     _replace(run.page, _page(run, found))
     return found
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from asset_world import HERE, World, run_rounds, write_recipe
@@ -9,7 +10,10 @@ from asset_world import HERE, World, run_rounds, write_recipe
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    folder = tmp_path_factory.mktemp("world")
+    # While one works on these tests: a folder that is kept, so that the round is not made anew each time.
+    kept = os.environ.get("OAPL_TEST_WORLD")
+    folder = Path(kept) if kept else tmp_path_factory.mktemp("world")
+    folder.mkdir(exist_ok=True)
     recipe = write_recipe(folder)
     made = run_rounds("--root", str(folder / "data"), "--recipe", str(recipe))
     assert made.returncode == 0, made.stderr

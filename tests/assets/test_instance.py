@@ -64,3 +64,10 @@ def test_a_changed_file_stays(tmp_path: Path) -> None:
     (home / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
     assert prepare_home(tmp_path) == home
     assert (home / "dagster.yaml").read_text() == "telemetry: {enabled: false}\n"
+
+
+def test_a_moved_folder_is_told_where_it_is(tmp_path: Path) -> None:
+    prepare_home(tmp_path / "old")
+    (tmp_path / "old").rename(tmp_path / "new")
+    home = prepare_home(tmp_path / "new")
+    assert yaml.safe_load((home / "dagster.yaml").read_text()) == instance_config(str(tmp_path / "new" / "dagster"))
