@@ -25,6 +25,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--round", type=int, default=None)
     parser.add_argument("--log", type=Path, default=None)
+    # DeepSpeed's launcher says it to each rank, in words and in LOCAL_RANK; the latter is read.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

@@ -33,16 +33,19 @@ def merged(model: Any, partitioned: bool) -> dict[str, torch.Tensor]:
     import deepspeed
 
     state: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()  # a weight that is tied has one name in a snapshot
     for path, module in model.named_modules():
         adapted = hasattr(module, "lora_A")
         own = [module] if not adapted else [module.base_layer, module.lora_A[NAME], module.lora_B[NAME]]
         if not adapted and (".lora_" in path or path.endswith(".base_layer")):
             continue
-        values = [value for part in own for value in part.parameters(recurse=False)]
+        values = [value for part in own for value in part.parameters(recurse=False) if id(value) not in seen]
+        seen |= {id(value) for value in values}
+        kept = [pair for pair in own[0].named_parameters(recurse=False) if any(pair[1] is value for value in values)]
         gather = deepspeed.zero.GatheredParameters(values) if partitioned else contextlib.nullcontext()
         with gather:
             if dist.get_rank() == 0:
-                for name, value in (module.base_layer if adapted else module).named_parameters(recurse=False):
+                for name, value in kept:
                     whole = value.detach()
                     if adapted and name == "weight":
                         whole = (whole.float() + module.get_delta_weight(NAME).detach().float()).to(whole.dtype)

@@ -34,7 +34,7 @@ WINDOW = 32
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 Integers = np.ndarray[Any, np.dtype[np.int64]]
-Row = tuple[int, int, int, int, float, float]
+Row = tuple[int, int, int, int, float, float, int]
 
 
 class Reference(Protocol):
@@ -55,7 +55,6 @@ class Example:
     """The engine's log-probabilities whatever the recipe asks; NaN where the dataset has none."""
     advantage: float
     reward: float
-    snapshot_step: int
 
 
 @dataclass(slots=True)
@@ -104,8 +103,7 @@ class View:
         self.places = list(places)
         self.manifests: list[Manifest] = [read_manifest(place.rollouts) for place in places]
         self.counts = Counts()
-        self.references: dict[int, Reference] = {}
-        """By place; where there is one it stands for the behaviour policy."""
+        self._references: dict[int, Reference] = {}
         self.largest_token = 0
         self._cache: OrderedDict[int, tuple[pa.Table, pa.ChunkedArray | None]] = OrderedDict()
         self.blocks: list[Block] = []
@@ -130,9 +128,10 @@ class View:
                 if len(parts) > 1 << 16:
                     arrays.append(np.array(parts, np.float64))
                     parts = []
-        table = np.concatenate([*arrays, np.array(parts, np.float64).reshape(-1, 6)])
+        table = np.concatenate([*arrays, np.array(parts, np.float64).reshape(-1, 7)])
         self.block, self.row = table[:, 0].astype(np.int32), table[:, 1].astype(np.int32)
         self.advantage, self.reward = table[:, 4].astype(np.float32), table[:, 5].astype(np.float32)
+        self.snapshot_step = table[:, 6].astype(np.int64)
         self.group_starts = np.concatenate([[0], np.cumsum(group_sizes)]).astype(np.int64)
         group = np.repeat(np.arange(len(group_sizes)), group_sizes)
         prompt, completion = table[:, 2].astype(np.int64), table[:, 3].astype(np.int64)
@@ -142,7 +141,8 @@ class View:
         import pyarrow.compute as pc
         import pyarrow.parquet as pq
 
-        columns = ["rollout_id", "snapshot_id", "round", "prompt_id", "prompt_tokens", "completion_tokens"]
+        columns = ["rollout_id", "snapshot_id", "snapshot_step", "round", "prompt_id"]
+        columns += ["prompt_tokens", "completion_tokens"]
         number = 0
         for shard in self.manifests[place].shards:
             path = self.places[place].rollouts / shard.file
@@ -178,9 +178,9 @@ class View:
             if settings.drop_uniform_groups:
                 return []
         wanted = standardised(rewards) if settings.loss == "grpo" else advantages(rewards, settings.beta1)
-        block = len(self.blocks) - 1
+        block, step = len(self.blocks) - 1, group["snapshot_step"][0].as_py()
         return [
-            (block, first_row + int(row), prompt_length, int(lengths[row]), float(a), float(r))
+            (block, first_row + int(row), prompt_length, int(lengths[row]), float(a), float(r), step)
             for row, a, r in zip(np.flatnonzero(usable), wanted, rewards, strict=True)
         ]
 
@@ -203,16 +203,13 @@ class View:
         return np.concatenate(order)
 
     def example(self, index: int) -> Example:
-        """The tokens of one row. Raises RequestError where it has no log-probabilities to learn from."""
+        """The tokens of one row; its log-probabilities are not numbers where the dataset has none."""
         table, reference = self._table(int(self.block[index]))
         row = int(self.row[index])
         tokens = table["completion_tokens"][row].values.to_numpy()
         stored = table["logprobs"][row]
         sampled = stored.values.to_numpy() if stored.is_valid else np.full(len(tokens), np.nan, np.float32)
         behaviour = sampled if reference is None else reference[row].values.to_numpy()
-        if reference is None and not stored.is_valid:
-            place = self.places[self.blocks[int(self.block[index])].place]
-            raise RequestError(f"{place.root}: rollouts without log-probabilities; set learning.behaviour=recomputed")
         return Example(
             table["prompt_tokens"][row].values.to_numpy(),
             tokens,
@@ -220,8 +217,20 @@ class View:
             sampled,
             float(self.advantage[index]),
             float(self.reward[index]),
-            table["snapshot_step"][row].as_py(),
         )
+
+    def learnable(self, index: int) -> Example:
+        """The same. Raises RequestError where there are no log-probabilities to learn from."""
+        example = self.example(index)
+        if np.isnan(example.behaviour[0]):
+            place = self.places[self.blocks[int(self.block[index])].place]
+            raise RequestError(f"{place.root}: rollouts without log-probabilities; set learning.behaviour=recomputed")
+        return example
+
+    def attach(self, place: int, reference: Reference) -> None:
+        """Lets recomputed log-probabilities stand for the behaviour policy of one of the datasets."""
+        self._references[place] = reference
+        self._cache.clear()
 
     def newest(self) -> Integers:
         """Rows of the round itself, without those replayed from older ones."""
@@ -233,9 +242,9 @@ class View:
             self._cache.move_to_end(number)
         else:
             block = self.blocks[number]
-            reference = self.references.get(block.place)
+            reference = self._references.get(block.place)
             self._cache[number] = (
-                block.read(["prompt_tokens", "completion_tokens", "logprobs", "snapshot_step"]),
+                block.read(["prompt_tokens", "completion_tokens", "logprobs"]),
                 reference.block(block.number) if reference else None,
             )
             if len(self._cache) > WINDOW:

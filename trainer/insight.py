@@ -46,16 +46,16 @@ class Gap:
 class Log:
     """The learning log: one JSON line an optimizer step, and the same for TensorBoard; rank 0 writes.
 
-    What an earlier process wrote up to step `until` is kept, so that a resumed round has one whole log.
+    What an earlier process wrote of the steps `done` is kept, so that a resumed round has one whole log.
     """
 
-    def __init__(self, path: Path, tensorboard: bool, until: int) -> None:
+    def __init__(self, path: Path, tensorboard: bool, done: range) -> None:
         self._file: IO[str] | None = None
         self._board: Any = None
         if dist.get_rank() != 0:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= until]
+        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] in done]
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         partial.write_text("".join(kept), encoding="utf-8")
         partial.rename(path)
@@ -63,7 +63,7 @@ class Log:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(path.with_suffix("")), purge_step=until + 1)  # type: ignore[no-untyped-call]
+            self._board = SummaryWriter(str(path.with_suffix("")), purge_step=done.stop)  # type: ignore[no-untyped-call]
 
     def add(self, record: dict[str, float]) -> None:
         if self._file is None:

@@ -188,7 +188,7 @@ class _Learner:
     def _pass(self, rows: Sequence[int]) -> Pass:
         """The rows laid out; a rank that has none computes some row, and nothing is done with it."""
         rows = rows or [0]
-        examples = [self.view.example(row) for row in rows]
+        examples = [self.view.learnable(row) for row in rows]
         return batches.collate(examples, self.view.sizes.group[rows].tolist(), self.pad, self.attention).to(self.device)
 
     def _scored(self, taken: Pass) -> Batch:
@@ -251,7 +251,7 @@ class _Learner:
                 found = reference.recompute(
                     folder, identity, blocks, self.settings, self.pad, self._logprobs, self.device
                 )
-            self.view.references[place] = found
+            self.view.attach(place, found)
 
     def _logprobs(self, taken: Pass) -> torch.Tensor:
         return engines.score(self.engine, taken)
@@ -295,7 +295,8 @@ class _Learner:
 
     def run(self) -> None:
         """The round's optimizer steps that are still to be done."""
-        log = insight.Log(self.work.log, self.settings.tensorboard, until=self.parent.step + self.steps)
+        first = self.parent.step
+        log = insight.Log(self.work.log, self.settings.tensorboard, range(first + 1, first + self.steps + 1))
         progress = Progress("learn", self.planned - self.steps, "steps") if dist.get_rank() == 0 else None
         order = batches.global_batches(self.view, self.settings, self.work.recipe.seed + self.work.number)
         done = self.steps
@@ -332,9 +333,8 @@ class _Learner:
                 norm = self._plain_norm()
             self.engine.step()
             if part:
-                counted = [taken.ids.numel(), self.view.sizes.useful(part), self.work_of.flops(taken)]
-                metrics |= dict(zip(("positions", "useful", "flops"), torch.tensor(counted), strict=True))
                 metrics |= {"loss": losses.detach().sum(), "tokens": batch.mask.sum(), **diagnostics(batch)}
+                metrics |= self._counts(part, taken)
                 sums += torch.stack([metrics[name].double().to(self.device) for name in self.names])
         if self.ranks > 1:
             dist.all_reduce(sums)
@@ -342,6 +342,16 @@ class _Learner:
         norm = float(self.engine.get_global_grad_norm() or norm)
         found = dict(zip(self.names, sums.tolist(), strict=True))
         return self._record(found, rows, rate, norm, time.monotonic() - started)
+
+    def _counts(self, rows: Sequence[int], taken: Pass) -> dict[str, torch.Tensor]:
+        """What a forward pass was, in numbers that need no device."""
+        counts = {
+            "positions": taken.ids.numel(),
+            "useful": self.view.sizes.useful(rows),
+            "flops": self.work_of.flops(taken),
+            "snapshot_step": int(self.view.snapshot_step[rows].sum()),
+        }
+        return {name: torch.tensor(value) for name, value in counts.items()}
 
     def _plain_norm(self) -> float:
         """Gradient norm before clipping where DeepSpeed keeps none: without ZeRO, in float32."""
@@ -374,7 +384,8 @@ class _Learner:
             "advantage_abs": sums["advantage_abs"] / count,
             "grad_norm": norm,
             "learning_rate": rate,
-            "lag": step - self.view.example(rows[0]).snapshot_step,
+            "lag": step - sums["snapshot_step"] / count,
+            "lag_max": step - int(self.view.snapshot_step[rows].min()),
             "tokens": tokens,
             # Positions computed that belong to no sequence, and those that a shared prompt saved.
             "padding": max(0.0, 1 - sums["useful"] / sums["positions"]),
@@ -430,5 +441,6 @@ SUMS = (
     "positions",
     "useful",
     "flops",
+    "snapshot_step",
 )
 """What a step adds up over forward passes and ranks, in sums over sequences or tokens."""

@@ -114,7 +114,7 @@ _COLUMNS = ("rollout_id", "prompt_tokens", "completion_tokens")
 def _examples(table: pa.Table) -> Iterator[Example]:
     for prompt, completion in zip(table["prompt_tokens"], table["completion_tokens"], strict=True):
         nothing = np.zeros(len(completion), np.float32)
-        yield Example(prompt.values.to_numpy(), completion.values.to_numpy(), nothing, nothing, 0.0, 0.0, 0)
+        yield Example(prompt.values.to_numpy(), completion.values.to_numpy(), nothing, nothing, 0.0, 0.0)
 
 
 def _scored(
@@ -150,5 +150,5 @@ def _scored(
 
 
 _ONE = np.zeros(1, np.int32)
-_FILLER = Example(_ONE, _ONE, np.zeros(1, np.float32), np.zeros(1, np.float32), 0.0, 0.0, 0)
+_FILLER = Example(_ONE, _ONE, np.zeros(1, np.float32), np.zeros(1, np.float32), 0.0, 0.0)
 """Stands in where a rank has nothing left while others compute."""

@@ -1,0 +1,151 @@
+"""Packed passes against the sequences one by one, in loss and gradients, for each kernel that runs here."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from learning_parts import plain_logprobs
+
+from trainer import packing
+from trainer.batches import Example, Sizes, collate, micro_batches, split_over_ranks
+from trainer.engine import Scored
+from trainer.losses import LOSSES, Batch, Settings
+from trainer.policy import load_policy
+
+TEMPERATURE = 0.7
+
+
+def some_examples(seed: int, longest: int) -> tuple[list[Example], list[int]]:
+    """Groups of one to four completions; one of a single token, one much longer than the others."""
+    rng = random.Random(seed)
+    examples, groups = [], []
+    for group, size in enumerate((3, 1, 4)):
+        prompt = np.array([rng.randrange(3, 250) for _ in range(rng.randrange(1, 20))], np.int32)
+        for member in range(size):
+            length = {0: 1, 1: longest}.get(member, rng.randrange(1, 15))
+            completion = np.array([rng.randrange(3, 250) for _ in range(length)], np.int32)
+            mu = np.array([rng.uniform(-6, -4) for _ in range(length)], np.float32)
+            examples.append(Example(prompt, completion, mu, mu, rng.uniform(-1, 1), 1.0))
+            groups.append(group)
+    return examples, groups
+
+
+def loss_and_gradients(model: Any, scored: torch.Tensor, examples: list[Example], name: str) -> tuple[Any, Any]:
+    """Of [sequences, tokens] log-probabilities: each sequence's loss, and each weight's gradient of their sum."""
+    taken = collate(examples, [0] * len(examples), 0, None)
+    batch = Batch(scored, taken.behaviour, taken.mask, taken.advantage, taken.reward, taken.sampled)
+    losses, _ = LOSSES[name](batch, Settings(beta2=0.1))
+    model.zero_grad()
+    losses.sum().backward()
+    return {"loss": losses.detach().double()}, {
+        key: value.grad.double().clone() for key, value in model.named_parameters()
+    }
+
+
+def our_logprobs(model: Any, examples: list[Example], groups: list[int], attention: str | None) -> torch.Tensor:
+    taken = collate(examples, groups, 0, attention)
+    chosen = Scored(model, TEMPERATURE)(taken.ids, taken.positions, taken.layout, taken.sources, taken.targets)
+    return torch.zeros(taken.mask.shape).masked_scatter(taken.mask, chosen)
+
+
+def exact_logprobs(model: Any, examples: list[Example]) -> torch.Tensor:
+    """One by one, full logits, float64."""
+    rows = [
+        plain_logprobs(model, e.prompt_tokens.tolist(), e.completion_tokens.tolist(), TEMPERATURE) for e in examples
+    ]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def relative(found: Any, exact: Any) -> float:
+    """Of all values as one vector."""
+    apart = sum((found[key] - exact[key]).square().sum() for key in exact)
+    return float((apart / sum(value.square().sum() for value in exact.values())).sqrt())
+
+
+@pytest.mark.parametrize("loss", ["oapl", "grpo"])
+@pytest.mark.parametrize("longest", [12, 150], ids=["alike", "long-tailed"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", None])
+def test_packed_equals_one_by_one(policy: Path, float64: Any, attention: str | None, longest: int, loss: str) -> None:
+    """1e-6 relative in float32, loss and gradients, against float64: no boundary leaks, no token is lost."""
+    examples, groups = some_examples(longest, longest)
+    name = packing.register(attention) if attention else "sdpa"
+    model = load_policy(policy, torch.float32, name).train()
+    found_loss, found = loss_and_gradients(model, our_logprobs(model, examples, groups, attention), examples, loss)
+    exact_loss, exact = loss_and_gradients(float64, exact_logprobs(float64, examples), examples, loss)
+    float64.zero_grad()
+    assert relative(found_loss, exact_loss) < 1e-6
+    assert relative(found, exact) < 1e-6
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_what_stands_elsewhere_changes_nothing(policy: Path, attention: str) -> None:
+    """Other prompts and completions in the same pass: not a bit of a sequence's log-probabilities moves much."""
+    examples, groups = some_examples(3, 30)
+    model = load_policy(policy, torch.float32, packing.register(attention))
+    with torch.no_grad():
+        together = our_logprobs(model, examples, groups, attention)
+        for number, example in enumerate(examples):
+            alone = our_logprobs(model, [example], [0], attention)[0]
+            torch.testing.assert_close(together[number, : len(alone)], alone, rtol=0, atol=3e-6)
+
+
+def test_flex_knows_who_sees_whom() -> None:
+    """Its rule, on paper: prompt of two, completions of one and two, another prompt of one. It needs a GPU to run."""
+    layout = packing.lay_out([(2, -1), (1, 0), (2, 0), (1, -1)], "flex")
+    assert layout.segment is not None and layout.prefix is not None
+    sees = [
+        [key for key in range(query + 1) if layout.segment[key] in (layout.segment[query], layout.prefix[query])]
+        for query in range(6)
+    ]
+    assert sees == [[0], [0, 1], [0, 1, 2], [0, 1, 3], [0, 1, 3, 4], [5]]
+
+
+def test_flash_knows_who_sees_whom() -> None:
+    layout = packing.lay_out([(2, -1), (1, 0), (2, 0), (1, -1)], "flash")
+    assert layout.keys is not None and layout.query_starts is not None and layout.key_starts is not None
+    keys, queries, starts = layout.keys.tolist(), layout.query_starts.tolist(), layout.key_starts.tolist()
+    sees = []
+    for segment in range(4):
+        mine = keys[starts[segment] : starts[segment + 1]]
+        size = queries[segment + 1] - queries[segment]
+        # Aligned to the right: the last query sees all keys, the one before all but the last.
+        sees += [mine[: len(mine) - size + 1 + place] for place in range(size)]
+    assert sees == [[0], [0, 1], [0, 1, 2], [0, 1, 3], [0, 1, 3, 4], [5]]
+    assert (layout.longest_query, layout.longest_key) == (2, 4)
+
+
+def sizes_of(seed: int, packed: bool, groups: int = 12, members: int = 8) -> Sizes:
+    rng = np.random.default_rng(seed)
+    return Sizes(
+        np.repeat(rng.integers(5, 40, groups), members),
+        rng.integers(1, 120, groups * members),
+        np.repeat(np.arange(groups), members),
+        packed,
+    )
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("budget", [1, 200, 1000, 10**6])
+def test_passes_hold_every_row_once_within_the_budget(packed: bool, budget: int) -> None:
+    sizes = sizes_of(0, packed)
+    passes = micro_batches(range(96), sizes, budget)
+    assert sorted(row for part in passes for row in part) == list(range(96))
+    assert all(sizes.of(part) <= budget or len(part) == 1 for part in passes)
+    if packed and budget >= 1000:
+        # Next to no prompt is computed twice.
+        once = sizes.of(range(96))
+        assert sum(sizes.of(part) for part in passes) <= once * 1.05
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_ranks_get_like_shares(ranks: int) -> None:
+    sizes = sizes_of(1, True)
+    shares = split_over_ranks(range(96), sizes, ranks)
+    assert sorted(row for share in shares for row in share) == list(range(96))
+    loads = [sizes.of(share) for share in shares]
+    assert max(loads) <= 1.15 * sum(loads) / ranks
