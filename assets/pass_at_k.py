@@ -7,7 +7,7 @@ from assets.config import EvaluationConfig
 from assets.instance import ENGINE_POOL
 from assets.metadata import Made, picture, table
 from assets.prompt_set import prompt_set
-from assets.resources import RETRIES, RunFolder, Step, step
+from assets.resources import RunFolder, Step, step
 from assets.rounds import GROUP, PREFIX, rounds
 from assets.trained_policy import trained_policy
 from pipeline import snapshots
@@ -25,7 +25,6 @@ STAGE = "evaluate"
     group_name=GROUP,
     kinds={"vllm", "parquet"},
     pool=ENGINE_POOL,
-    retry_policy=RETRIES,
     check_specs=checks.specs("pass_at_k"),
 )
 def pass_at_k(context: dg.AssetExecutionContext, run_folder: RunFolder, config: EvaluationConfig) -> Made:

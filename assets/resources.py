@@ -23,7 +23,8 @@ from pipeline.layout import Run
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.report import note_stage
 
-RETRIES = dg.RetryPolicy(max_retries=1, delay=5, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS)
+MOST_RETRIES = 1
+FIRST_WAIT_S = 5.0
 """A device that was lost for a moment should not cost a night; what was committed before is not made again."""
 
 
@@ -78,6 +79,7 @@ class Step:
         try:
             run_child(command, log, self.say, copy_to=sys.stderr)
         except ChildFailed as failed:
+            self._try_again(stage, failed)
             raise dg.Failure(
                 description=f"{stage}: {failed.message}",
                 metadata={
@@ -85,9 +87,18 @@ class Step:
                     "log": dg.MetadataValue.path(str(log)),
                     "last lines": dg.MetadataValue.md("```\n" + "\n".join(failed.tail) + "\n```"),
                 },
-                # A wrong request stays wrong.
-                allow_retries=failed.code != RequestError.exit_code,
             ) from None
+
+    def _try_again(self, stage: str, failed: ChildFailed) -> None:
+        """Has Dagster run the step once more, unless that was done or the request was wrong and stays so.
+
+        A RetryPolicy on the asset would do the same after a cancel, too, and so undo it.
+        """
+        tried = self.context.retry_number
+        if failed.code != RequestError.exit_code and tried < MOST_RETRIES:
+            wait = FIRST_WAIT_S * 4**tried
+            self.say(f"{stage}: {failed.message}; it is tried again in {wait:.0f} s")
+            raise dg.RetryRequested(max_retries=MOST_RETRIES, seconds_to_wait=wait) from failed
 
     def log_metadata(self, stage: str) -> dict[str, Any]:
         log = self.run.log(stage, self.round)

@@ -10,7 +10,7 @@ from assets.frozen_policy import frozen_policy
 from assets.instance import ENGINE_POOL
 from assets.metadata import Made, column_schema, lineage
 from assets.prompt_set import prompt_set
-from assets.resources import RETRIES, RunFolder, Step, step
+from assets.resources import RunFolder, Step, step
 from assets.rounds import GROUP, PREFIX, asset_key, rounds
 from pipeline import snapshots
 from pipeline.report import read_stages
@@ -25,7 +25,6 @@ STAGE = "generate"
     group_name=GROUP,
     kinds={"vllm", "parquet"},
     pool=ENGINE_POOL,
-    retry_policy=RETRIES,
     metadata={"dagster/column_schema": column_schema("ROLLOUTS")},
     check_specs=checks.specs("rollouts"),
 )

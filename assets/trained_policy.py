@@ -10,7 +10,7 @@ from assets.config import LearningConfig
 from assets.frozen_policy import frozen_policy
 from assets.instance import LEARNER_POOL
 from assets.metadata import Made, snapshot_link
-from assets.resources import RETRIES, RunFolder, Step, step
+from assets.resources import RunFolder, Step, step
 from assets.rounds import GROUP, PREFIX, open_rounds, rounds
 from assets.verdicts import verdicts
 from pipeline import snapshots
@@ -26,7 +26,6 @@ STAGE = "learn"
     group_name=GROUP,
     kinds={"deepspeed", "huggingface"},
     pool=LEARNER_POOL,
-    retry_policy=RETRIES,
     check_specs=checks.specs("trained_policy"),
 )
 def trained_policy(context: dg.AssetExecutionContext, run_folder: RunFolder, config: LearningConfig) -> Made:

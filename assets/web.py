@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -46,6 +47,8 @@ def main() -> int:
 def _become_dagster(home: Path, workspace: Path, arguments: argparse.Namespace) -> NoReturn:
     """Replaces this process, so that a signal to `oapl ui` reaches Dagster, which ends all that it started."""
     os.environ["DAGSTER_HOME"] = str(home)
+    # A shell starts background jobs with interrupts ignored; a run of Dagster is cancelled by one.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.stderr.write(f"Dagster's UI: http://{HOST}:{arguments.port} (Ctrl-C ends it)\n")
     sys.stderr.flush()
     # Dagster's own next tool is no part of this project.
