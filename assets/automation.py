@@ -53,7 +53,7 @@ def _request(instance: dg.DagsterInstance, run: Run) -> dg.RunRequest:
     return dg.RunRequest(
         run_key=f"{run.name}/{round_key(number)}",
         partition_key=round_key(number),
-        tags={"oapl/started by": "automation"},
+        tags={"oapl/started_by": "automation"},
     )
 
 

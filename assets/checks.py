@@ -71,7 +71,8 @@ def _result(asset: str, name: str, problems: Sequence[str], **metadata: Any) -> 
     )
 
 
-def of_rollouts(place: Located, manifest: Manifest, prompts: Path, entropy: float) -> list[dg.AssetCheckResult]:
+def flaws_of_rollouts(place: Located, manifest: Manifest, prompts: Path) -> list[str]:
+    """The first few things that are wrong with the shards; empty when they can be read and are whole."""
     from pipeline.prompts import iter_prompts
     from pipeline.rollouts.validate import validate
 
@@ -81,12 +82,20 @@ def of_rollouts(place: Located, manifest: Manifest, prompts: Path, entropy: floa
         problems.append(f"{manifest.groups} groups for {asked} prompts")
     if manifest.samples is not None and manifest.rows != manifest.groups * manifest.samples:
         problems.append(f"{manifest.rows} rows are not {manifest.groups} groups of {manifest.samples}")
+    return problems
+
+
+def of_rollouts(manifest: Manifest, problems: Sequence[str], entropy: float | None) -> list[dg.AssetCheckResult]:
+    """`entropy` is null where the shards could not be read."""
     broken = [] if manifest.sealed().digest == manifest.digest else ["the manifest was changed after it was written"]
-    low = [] if entropy >= LEAST_ENTROPY else [f"entropy fell to {entropy:.4f} nats a token"]
+    if entropy is None:
+        low = ["the shards could not be read"]
+    else:
+        low = [] if entropy >= LEAST_ENTROPY else [f"entropy fell to {entropy:.4f} nats a token"]
     return [
         _result("rollouts", "schema_and_counts", problems, rows=manifest.rows, groups=manifest.groups),
         _result("rollouts", "digest", broken, digest=manifest.digest),
-        _result("rollouts", "entropy", low, entropy=entropy),
+        _result("rollouts", "entropy", low, **({} if entropy is None else {"entropy": entropy})),
     ]
 
 

@@ -83,6 +83,12 @@ def _result(work: Step) -> Made:
     folder: Path = work.run.rollouts(work.round)
     manifest = read_manifest(folder)
     place = Located(folder, folder, work.run.round_prompts(work.round), None, work.round)
+    problems = checks.flaws_of_rollouts(place, manifest, work.run.round_prompts(work.round))
+    if problems:
+        return dg.MaterializeResult(
+            metadata={"dagster/row_count": manifest.rows, "path": dg.MetadataValue.path(str(folder))},
+            check_results=checks.of_rollouts(manifest, problems, None),
+        )
     numbers = statistics(place, manifest)
     seconds = read_stages(work.run, work.round).get(STAGE, {}).get("seconds", 0.0)
     entropy = -(numbers.logprob_mean or 0.0)
@@ -111,6 +117,6 @@ def _result(work: Step) -> Made:
             ),
             **work.log_metadata(STAGE),
         },
-        check_results=checks.of_rollouts(place, manifest, work.run.round_prompts(work.round), entropy),
+        check_results=checks.of_rollouts(manifest, problems, entropy),
         data_version=dg.DataVersion(manifest.digest),
     )

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 PASSING = re.compile(r" s left$")
 """A line that the next one replaces, on a terminal."""
 INTERRUPTED = 130
-RUN_TAG, STARTED_BY = "oapl/run", "oapl/started by"
+RUN_TAG, STARTED_BY = "oapl/run", "oapl/started_by"
 
 
 def main() -> int:
