@@ -19,18 +19,6 @@ def _overrides(part: str, values: Mapping[str, Any]) -> Iterator[str]:
         yield f"{part}.{name}={json.dumps(value)}"
 
 
-class FreezeConfig(dg.Config):
-    lag_rounds: int = Field(
-        default=0,
-        ge=0,
-        description="0 freezes the newest policy; n freezes that of n rounds before, so that the engine can "
-        "generate this round while the learner still learns from the last ones.",
-    )
-
-    def overrides(self) -> list[str]:
-        return []
-
-
 class RolloutsConfig(dg.Config):
     prompts: int = Field(default=RECIPE.prompts.per_round, gt=0, description="Training prompts of the round.")
     samples: int = Field(default=RECIPE.generation.samples, ge=2, description="Completions a prompt (the group).")
@@ -95,9 +83,8 @@ class EvaluationConfig(dg.Config):
         return [*_overrides("evaluation", self.model_dump())]
 
 
-StepConfig = FreezeConfig | RolloutsConfig | VerdictsConfig | LearningConfig | EvaluationConfig
+StepConfig = RolloutsConfig | VerdictsConfig | LearningConfig | EvaluationConfig
 CONFIGS: dict[str, type[StepConfig]] = {
-    "frozen_policy": FreezeConfig,
     "rollouts": RolloutsConfig,
     "verdicts": VerdictsConfig,
     "trained_policy": LearningConfig,

@@ -2,7 +2,6 @@
 
 import dagster as dg
 
-from assets.config import FreezeConfig
 from assets.instance import LEARNER_POOL
 from assets.metadata import Made, snapshot_link
 from assets.resources import RunFolder, Step, step
@@ -12,14 +11,14 @@ from pipeline.report import START
 
 
 @dg.asset(key_prefix=PREFIX, partitions_def=rounds, group_name=GROUP, kinds={"huggingface"}, pool=LEARNER_POOL)
-def frozen_policy(context: dg.AssetExecutionContext, run_folder: RunFolder, config: FreezeConfig) -> Made:
+def frozen_policy(context: dg.AssetExecutionContext, run_folder: RunFolder) -> Made:
     """The snapshot that the round is generated with: the head of a round.
 
     **Grain:** one snapshot a round. **Source:** the newest `trained_policy` of the round before, found when this is
     materialised, since a policy that depends on rollouts that depend on the policy would be a circle; in round 0 the
     run's start, which is made or imported here. Once settled it stays, so that a round can be gone on with.
     """
-    with step(context, run_folder, config) as work:
+    with step(context, run_folder) as work:
         if work.round == 0 and snapshots.newest(work.run, None) is None:
             _make_start(work)
         snapshot = snapshots.frozen_for(work.run, work.round)
@@ -29,7 +28,7 @@ def frozen_policy(context: dg.AssetExecutionContext, run_folder: RunFolder, conf
                 **snapshot_link(snapshot, work.run.snapshot(snapshot.snapshot_id)),
                 "published by": dg.MetadataValue.asset(before),
                 "published in round": -1 if snapshot.round is None else snapshot.round,
-                "lag_rounds": work.round - 1 - (-1 if snapshot.round is None else snapshot.round),
+                "rounds behind": work.round - 1 - (-1 if snapshot.round is None else snapshot.round),
                 **work.log_metadata(START),
             },
             data_version=dg.DataVersion(snapshot.sha256),

@@ -276,3 +276,15 @@ def test_a_running_generation_is_cancelled(browser: Browser, site: Site) -> None
     wait_for(lambda: run_id not in slots(site), 20, "its slot to be free")
     assert time.monotonic() - asked < 20
     browser.see("//*[normalize-space(text())='Canceled']")
+
+
+def test_a_killed_worker_fails_its_run(browser: Browser, site: Site) -> None:
+    run_id = launch(browser, "0002", lambda text: text.replace("prompts: 12", "prompts: 40"))
+    found = wait_for(lambda: generating(site), 120, "generation")
+    leash = next(process for process in found if any(word.endswith("leash.py") for word in process.cmdline()))
+    worker = leash.parent()
+    assert worker is not None
+    worker.kill()
+    wait_for(lambda: not generating(site), 20, "what the worker started to end")
+    wait_for(lambda: site.status(run_id) == "FAILURE", 60, "the run to be failed")
+    wait_for(lambda: run_id not in slots(site), 40, "its slot to be free")
