@@ -35,6 +35,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 
 from pipeline import snapshots
 from pipeline.recipe import load_recipe
+from pipeline.runs import open_run
 
 LOCATION = "__repository__@tiny"
 
@@ -288,3 +289,33 @@ def test_a_killed_worker_fails_its_run(browser: Browser, site: Site) -> None:
     wait_for(lambda: not generating(site), 20, "what the worker started to end")
     wait_for(lambda: site.status(run_id) == "FAILURE", 60, "the run to be failed")
     wait_for(lambda: run_id not in slots(site), 40, "its slot to be free")
+
+
+def test_rounds_chain_from_one_click(browser: Browser, site: Site) -> None:
+    run = site.world.run
+    open_run(run.data, load_recipe(str(run.recipe), ["rounds=4"]))
+    selector = {"repositoryName": "__repository__", "repositoryLocationName": "tiny", "sensorName": "next_round"}
+    start = "mutation M($s: SensorSelector!) { startSensor(sensorSelector: $s) { __typename } }"
+    assert site.ask(start, s=selector)["startSensor"]["__typename"] == "Sensor"
+    # What the killed worker had committed is gone on with; round 3 is nobody's click.
+    first = launch(browser, "0002", lambda text: text.replace("prompts: 12", "prompts: 40"))
+    unfinished = "{ runsOrError(filter: {statuses: [STARTING, STARTED]}) { ... on Runs { results { runId } } } }"
+    together: set[int] = set()
+
+    def finished() -> bool:
+        together.add(len(site.ask(unfinished)["runsOrError"]["results"]))
+        return run.evaluation(3).exists() and run.summary.read_text().count("snapshot_id") == 5
+
+    wait_for(finished, 400, "rounds 2 and 3")
+    assert site.status(first) == "SUCCESS" and max(together) == 1
+    fourth, third = (snapshots.newest(run, number) for number in (3, 2))
+    assert fourth is not None and third is not None and fourth.parent == third.snapshot_id
+    ticks = """query T($s: SensorSelector!) {
+        sensorOrError(sensorSelector: $s) { ... on Sensor { sensorState { ticks(limit: 1) { skipReason } } } }
+    }"""
+
+    def reason() -> str:
+        found = site.ask(ticks, s=selector)["sensorOrError"]["sensorState"]["ticks"]
+        return str(found[0]["skipReason"]) if found else ""
+
+    wait_for(lambda: reason() == "all 4 rounds of the recipe are made", 60, "the sensor to rest")
