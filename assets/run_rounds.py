@@ -223,7 +223,7 @@ def _innermost(error: Any) -> str:
 def summary_tables(found: list[dict[str, Any]]) -> Iterator[Table]:
     """The report's entries for a terminal of 80 columns: how well the policy does, then what the rounds took."""
     ks = list(found[0]["eval"]) if found else []
-    tasks = list(found[0]["eval_by_task"]) if found else []
+    tasks = list(found[0]["eval_by_source"]) if found else []
     heads = [f"pass@{ks[0]}\n{name}" for name in _ends(tasks)] if len(tasks) > 1 else []
     scores = _table("Held-out pass@k with 95 % intervals", ["round", "step", *(f"pass@{k}" for k in ks), *heads])
     costs = _table(
@@ -232,7 +232,7 @@ def summary_tables(found: list[dict[str, Any]]) -> Iterator[Table]:
     for entry in found:
         estimates = [_estimate(entry["eval"][k], entry["ci"][k]) for k in ks]
         if heads:
-            by_task, spans = entry["eval_by_task"], entry["ci_by_task"]
+            by_task, spans = entry["eval_by_source"], entry["ci_by_source"]
             estimates += [_estimate(by_task[task][ks[0]], spans[task][ks[0]]) for task in tasks]
         scores.add_row(name_of(entry["round"]), f"{entry['step']:,}", *estimates)
         reward = "–" if entry["reward_mean"] is None else f"{entry['reward_mean']:.3f}"

@@ -64,6 +64,8 @@ class Evaluation(BaseModel):
     """Completions a prompt."""
     overall: dict[int, Estimate]
     """pass@k by k."""
+    by_task: dict[str, dict[int, Estimate]]
+    """The same by task (`math`, `code`), and by where the prompts came from."""
     by_source: dict[str, dict[int, Estimate]]
     unscorable: int
     """Completions without a verdict; they count neither way."""
@@ -77,14 +79,6 @@ class Evaluation(BaseModel):
     @property
     def ci(self) -> dict[int, tuple[float, float]]:
         return {k: (estimate.low, estimate.high) for k, estimate in self.overall.items()}
-
-    @property
-    def by_task(self) -> dict[str, dict[int, float]]:
-        return {name: {k: e.mean for k, e in ks.items()} for name, ks in self.by_source.items()}
-
-    @property
-    def ci_by_task(self) -> dict[str, dict[int, tuple[float, float]]]:
-        return {name: {k: (e.low, e.high) for k, e in ks.items()} for name, ks in self.by_source.items()}
 
 
 def estimate(samples: npt.ArrayLike, correct: npt.ArrayLike, k: int) -> Estimate:
@@ -163,18 +157,23 @@ def _estimates(
             f"none of the {len(table)} prompts has {max(ks)} completions with a verdict; "
             "see `oapl verify` on one of them for why"
         )
-    parts = {str(key[0]): part for key, part in sorted(scorable.partition_by("source", as_dict=True).items())}
     return Evaluation(
         snapshot_id=snapshot.snapshot_id,
         step=snapshot.step,
         prompts=len(scorable),
         samples=samples,
         overall={k: estimate(scorable["samples"], scorable["correct"], k) for k in ks},
-        by_source={name: {k: estimate(p["samples"], p["correct"], k) for k in ks} for name, p in parts.items()},
+        by_task=_by(scorable, "task", ks),
+        by_source=_by(scorable, "source", ks),
         unscorable=int(table["unscorable"].sum()),
         mean_tokens=float(table["tokens"].mean() or 0.0),  # type: ignore[arg-type]
         seconds=round(seconds, 2),
     )
+
+
+def _by(table: pl.DataFrame, column: str, ks: Sequence[int]) -> dict[str, dict[int, Estimate]]:
+    parts = sorted(table.partition_by(column, as_dict=True).items())
+    return {str(key[0]): {k: estimate(p["samples"], p["correct"], k) for k in ks} for key, p in parts}
 
 
 def _write(table: pl.DataFrame, evaluation: Evaluation, out: Path) -> None:

@@ -33,7 +33,7 @@ def draw_rounds(
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 3)
     figure.suptitle(f"Run {title}", x=0.012, ha="left", fontsize=14, fontweight="bold", color=INK)
-    tasks = list(entries[0]["eval_by_task"])[:MOST_TASKS] if entries else []
+    tasks = list(entries[0]["eval_by_source"])[:MOST_TASKS] if entries else []
     panels: list[str | None] = [None, *tasks] if len(tasks) > 1 else [None]
     for axis, task in zip(axes[0], panels, strict=False):
         _pass_at_k(axis, entries, task)
@@ -51,8 +51,8 @@ def draw_rounds(
 
 def _pass_at_k(axis: Any, entries: Sequence[dict[str, Any]], task: str | None) -> None:
     names = _names(entries)
-    means = [entry["eval"] if task is None else entry["eval_by_task"][task] for entry in entries]
-    spans = [entry["ci"] if task is None else entry["ci_by_task"][task] for entry in entries]
+    means = [entry["eval"] if task is None else entry["eval_by_source"][task] for entry in entries]
+    spans = [entry["ci"] if task is None else entry["ci_by_source"][task] for entry in entries]
     ks = list(means[0]) if means else []
     for number, (colour, k) in enumerate(zip(COLOURS, ks, strict=False)):
         middle = [mean[k] for mean in means]

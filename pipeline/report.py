@@ -8,9 +8,12 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.layout import Run, round_key
+
+if TYPE_CHECKING:
+    from pipeline.evaluation import Estimate
 
 STAGES = ("generate", "verify", "learn", "evaluate")
 START = "start"
@@ -54,8 +57,8 @@ def round_to(seconds: float) -> float:
 def entries(run: Run) -> Iterator[dict[str, Any]]:
     """An entry for the start (its `round` is null) and one for each round that was evaluated, oldest first.
 
-    `eval`, `ci` and their `_by_task` forms are keyed by k as text; `seconds` has the four stages. Rounds are read
-    one after another: nothing grows with the rollouts.
+    `eval`, `ci` and their forms by task and source are keyed by k as text; `seconds` has the four stages. Rounds
+    are read one after another: nothing grows with the rollouts.
     """
     if run.evaluation(None).exists():
         yield _entry(run, None)
@@ -78,13 +81,23 @@ def _entry(run: Run, round: int | None) -> dict[str, Any]:
         "snapshot_id": found.snapshot_id,
         "step": found.step,
         "eval": _by_k(found.pass_at),
-        "eval_by_task": {task: _by_k(values) for task, values in found.by_task.items()},
+        "eval_by_task": _means(found.by_task),
+        "eval_by_source": _means(found.by_source),
         "ci": _by_k(found.ci),
-        "ci_by_task": {task: _by_k(values) for task, values in found.ci_by_task.items()},
+        "ci_by_task": _intervals(found.by_task),
+        "ci_by_source": _intervals(found.by_source),
         "eval_tokens_mean": found.mean_tokens,
         **_training_data(run, round),
         "seconds": seconds,
     }
+
+
+def _means(parts: dict[str, dict[int, Estimate]]) -> dict[str, dict[str, float]]:
+    return {name: _by_k({k: e.mean for k, e in ks.items()}) for name, ks in parts.items()}
+
+
+def _intervals(parts: dict[str, dict[int, Estimate]]) -> dict[str, dict[str, tuple[float, float]]]:
+    return {name: _by_k({k: (e.low, e.high) for k, e in ks.items()}) for name, ks in parts.items()}
 
 
 def _by_k(values: dict[int, Any]) -> dict[str, Any]:
@@ -162,7 +175,7 @@ def name_of(round: int | None) -> str:
 
 def _page(run: Run, found: list[dict[str, Any]]) -> str:
     ks = list(found[0]["eval"]) if found else []
-    tasks = list(found[0]["eval_by_task"]) if found else []
+    tasks = list(found[0]["eval_by_source"]) if found else []
     heads = ["round", "snapshot", "step", *(f"pass@{k}" for k in ks), *(f"pass@1 {task}" for task in tasks)]
     heads += ["reward", "rollouts", *(f"{stage} s" for stage in STAGES)]
     rows = "\n".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in _cells(entry, ks, tasks))}</tr>" for entry in found)
@@ -187,7 +200,7 @@ def _cells(entry: dict[str, Any], ks: list[str], tasks: list[str]) -> Iterator[s
         low, high = entry["ci"][k]
         yield f"{entry['eval'][k]:.3f} <small>[{low:.3f}, {high:.3f}]</small>"
     for task in tasks:
-        yield f"{entry['eval_by_task'][task]['1']:.3f}" if "1" in entry["eval_by_task"][task] else "–"
+        yield f"{entry['eval_by_source'][task]['1']:.3f}" if "1" in entry["eval_by_source"][task] else "–"
     yield "–" if entry["reward_mean"] is None else f"{entry['reward_mean']:.3f}"
     yield f"{entry['generated']:,}"
     for stage in STAGES:

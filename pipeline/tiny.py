@@ -1,6 +1,6 @@
 """The embedded tasks: problems that a policy of a million parameters can half do, with their traces.
 
-Two families, half of the problems each. Arithmetic in the manner of reasoning-gym's `chain_sum`, answered
+Two families. Arithmetic in the manner of reasoning-gym's `chain_sum`, answered
 with a short worked line and a box; and small programs, described in words, that read two integers from
 standard input. The problems of a seed are one endless stream without repeats, cut into held-out, training and
 cold-start parts, so that no part shares a problem with another.
@@ -12,7 +12,7 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import cycle
+from itertools import cycle, islice
 from typing import Literal
 
 Split = Literal["heldout", "train", "cold_start"]
@@ -38,19 +38,21 @@ class Problem:
 
 
 def problems(seed: int, split: Split, count: int) -> list[Problem]:
-    """The first `count` (at most LARGEST_SPLIT) problems of a split, arithmetic and programs in turn.
+    """The first `count` (at most LARGEST_SPLIT) problems of a split, the same for the same seed.
 
-    The same for the same seed. Splits are kept apart by the problem's own text, which decides where it belongs.
+    Held-out problems are arithmetic and programs in turn; of others two in three are arithmetic, which is harder.
+    Splits are kept apart by the problem's own text, which decides where it belongs.
     """
-    families = [_unique(_stream(make, f"{seed}/{split}", split)) for make in (_arithmetic, _program)]
-    return [next(families[index % 2]) for index in range(min(count, LARGEST_SPLIT))]
+    sums, programs = (_unique(_stream(make, f"{seed}/{split}", split)) for make in (_arithmetic, _program))
+    turns = cycle((sums, programs) if split == "heldout" else (sums, sums, programs))
+    return [next(family) for family in islice(turns, min(count, LARGEST_SPLIT))]
 
 
 def traces(seed: int, wrong_share: float) -> Iterator[tuple[str, str]]:
     """Endless (prompt, completion) pairs for the cold start, of which `wrong_share` are wrong."""
     rng = random.Random(f"{seed}/traces")
-    families = [_stream(make, f"{seed}/cold_start", "cold_start") for make in (_arithmetic, _program)]
-    for family in cycle((families[0], families[0], families[0], families[1])):
+    sums, programs = (_stream(make, f"{seed}/cold_start", "cold_start") for make in (_arithmetic, _program))
+    for family in cycle((sums, sums, sums, programs)):
         problem = next(family)
         yield problem.text, problem.wrong if rng.random() < wrong_share else problem.right
 
