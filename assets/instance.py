@@ -30,7 +30,15 @@ def instance_config(storage: str) -> dict[str, Any]:
             "class": "LocalComputeLogManager",
             "config": {"base_dir": f"{storage}/logs"},
         },
-        "concurrency": {"pools": {"default_limit": 1, "granularity": "op"}, "runs": {"max_concurrent_runs": 4}},
+        "concurrency": {
+            "pools": {"default_limit": 1, "granularity": "op"},
+            "runs": {
+                "max_concurrent_runs": 4,
+                "tag_concurrency_limits": [
+                    {"key": "oapl/run", "value": {"applyLimitPerUniqueValue": True}, "limit": 1},
+                ],
+            },
+        },
         "run_monitoring": {
             "enabled": True,
             "start_timeout_seconds": 180,

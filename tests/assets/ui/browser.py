@@ -294,11 +294,11 @@ def test_a_killed_worker_fails_its_run(browser: Browser, site: Site) -> None:
 def test_rounds_chain_from_one_click(browser: Browser, site: Site) -> None:
     run = site.world.run
     open_run(run.data, load_recipe(str(run.recipe), ["rounds=4"]))
+    # What the killed worker had committed is gone on with; round 3 is nobody's click.
+    first = launch(browser, "0002", lambda text: text.replace("prompts: 12", "prompts: 40"))
     selector = {"repositoryName": "__repository__", "repositoryLocationName": "tiny", "sensorName": "next_round"}
     start = "mutation M($s: SensorSelector!) { startSensor(sensorSelector: $s) { __typename } }"
     assert site.ask(start, s=selector)["startSensor"]["__typename"] == "Sensor"
-    # What the killed worker had committed is gone on with; round 3 is nobody's click.
-    first = launch(browser, "0002", lambda text: text.replace("prompts: 12", "prompts: 40"))
     unfinished = "{ runsOrError(filter: {statuses: [STARTING, STARTED]}) { ... on Runs { results { runId } } } }"
     together: set[int] = set()
 
