@@ -62,9 +62,9 @@ def convert(out: Path) -> snapshots.Snapshot:
     return snapshots.load_record(out)
 
 
-def sums(count: int = 512, seed: int = 0) -> Iterator[dict[str, object]]:
-    """Prompts that the policy can half do: sums of two small numbers, after two worked ones that show the form."""
-    pairs = [(first, second) for first in range(10, 50) for second in range(5, 30)]
+def sums(count: int = 160, seed: int = 0) -> Iterator[dict[str, object]]:
+    """Prompts that the policy can half do: sums with a one-digit number, after two worked ones that show the form."""
+    pairs = [(first, second) for first in range(2, 25) for second in range(2, 10)]
     shown = [("system", "You add numbers.")]
     for first, second in ((3, 4), (12, 6)):
         shown += [("user", f"What is {first} + {second}?")]

@@ -16,9 +16,9 @@ from pipeline.verifiers.math import final_answer
 
 def test_prompts_are_read_as_people_write_them(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
-    path.write_text("".join(json.dumps(prompt) + "\n" for prompt in smollm2.sums(300)), encoding="utf-8")
+    path.write_text("".join(json.dumps(prompt) + "\n" for prompt in smollm2.sums(150)), encoding="utf-8")
     found = read_prompts(path)
-    assert len(found) == 300
+    assert len(found) == 150
     for prompt in found:
         *shown, (role, question) = prompt.messages
         terms = [int(word) for word in question.rstrip("?").split() if word.isdigit()]
