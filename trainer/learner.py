@@ -120,6 +120,8 @@ def _refuse_missing_packages(settings: Learning) -> None:
         raise RequestError("learning.tensorboard needs the package tensorboard: pip install 'oapl[tensorboard]'")
     if settings.attention == "flash" and find_spec("flash_attn") is None:
         raise RequestError("learning.attention=flash needs the package flash-attn; install it, or take sdpa")
+    if settings.attention == "flash" and settings.dtype == "float32":
+        raise RequestError("learning.attention=flash needs learning.dtype=bfloat16; or take sdpa")
     if settings.attention == "flex" and not torch.cuda.is_available():
         raise RequestError("learning.attention=flex has no backward pass on a CPU; take sdpa")
 

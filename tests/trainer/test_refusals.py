@@ -161,3 +161,37 @@ def test_ranks_fail_together(recipe: Recipes, policy: Path, float64: Any, tmp_pa
     assert sum(line.startswith("oapl: ") for line in done.stderr.splitlines()) == 1
     assert "nats a token" in done.stderr.splitlines()[-1]
     assert not list((tmp_path / "out").glob("*/snapshot.json"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "cure"),
+    [
+        ({"attention": "flash"}, "flash-attn"),
+        ({"attention": "flex"}, "take sdpa"),
+    ],
+    ids=str,
+)
+def test_kernels_that_this_machine_lacks(
+    settings: dict[str, Any], cure: str, refused: Refused, recipe: Recipes, dataset: Made, policy: Path
+) -> None:
+    if torch.cuda.is_available():
+        settings = {**settings, "attention": "flash", "dtype": "float32"}  # a card runs them, in bfloat16
+        cure = "flash"
+    error = refused(dataset.place, recipe(**settings), policy)
+    assert isinstance(error, RequestError) and cure in str(error)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"importance_cap": 2.0}, "importance_cap needs loss=grpo and behaviour=recomputed"),
+        ({"offload": "all", "zero_stage": 2}, "offload=all needs zero_stage 3"),
+        ({"attention": "flex", "packing": False}, "for packed batches"),
+        ({"loss": "ppo"}, "learning.loss"),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_fit(settings: dict[str, Any], words: str, recipe: Recipes) -> None:
+    with pytest.raises(RequestError) as caught:
+        recipe(**settings)
+    assert words in str(caught.value)
