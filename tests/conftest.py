@@ -25,7 +25,7 @@ def random_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     torch.manual_seed(0)
     settings = ColdStart(vocabulary=320, hidden=32, layers=2, heads=2, kv_heads=1, head_dim=32, mlp=64)
-    texts = [text for pair in islice(tiny.traces(0, 0.5), 200) for text in pair]
+    texts = [text for pair in islice(tiny.traces(0, 0.5, 0.5), 200) for text in pair]
     tokenizer = make_tokenizer(["user", "assistant", *texts], settings.vocabulary)
     model = make_model(settings, tokenizer)
     folder = tmp_path_factory.mktemp("policy") / "snapshots"

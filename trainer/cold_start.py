@@ -28,7 +28,11 @@ def cold_start(recipe: Recipe, out: Path) -> snapshots.Snapshot:
     settings = recipe.policy.cold_start
     assert settings is not None
     torch.manual_seed(recipe.seed)
-    texts = [text for pair in islice(tiny.traces(recipe.seed, settings.wrong_share), 2000) for text in pair]
+    texts = [
+        text
+        for pair in islice(tiny.traces(recipe.seed, settings.wrong_sums, settings.wrong_programs), 2000)
+        for text in pair
+    ]
     tokenizer = make_tokenizer(["user", "assistant", *texts], settings.vocabulary)
     model = make_model(settings, tokenizer)
     _train(model, tokenizer, settings, recipe.seed)
@@ -43,7 +47,7 @@ def cold_start(recipe: Recipe, out: Path) -> snapshots.Snapshot:
 def _train(model: Any, tokenizer: Any, settings: ColdStart, seed: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _linear(step, settings.steps))
-    traces = tiny.traces(seed, settings.wrong_share)
+    traces = tiny.traces(seed, settings.wrong_sums, settings.wrong_programs)
     progress = Progress("cold start", settings.steps, "steps")
     for _ in range(settings.steps):
         batch = [_encode(tokenizer, *trace) for trace in islice(traces, settings.batch_size)]

@@ -14,6 +14,8 @@ import dagster as dg
 import pytest
 from asset_world import REPOSITORY, World
 
+pytestmark = pytest.mark.system
+
 BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
 
 

@@ -93,7 +93,7 @@ def test_held_out_prompts_share_nothing_with_training_or_the_cold_start(tmp_path
     prompts = read_prompts(tmp_path / "prompts.parquet")
     heldout = {p.messages for p in prompts if p.split == "heldout"}
     train = {p.messages for p in prompts if p.split == "train"}
-    traces = {(("user", text),) for text, _ in islice(tiny.traces(recipe.seed, 0.5), 20_000)}
+    traces = {(("user", text),) for text, _ in islice(tiny.traces(recipe.seed, 0.5, 0.5), 20_000)}
     assert len(heldout) == recipe.prompts.heldout_count >= 128
     assert not heldout & train
     assert not heldout & traces

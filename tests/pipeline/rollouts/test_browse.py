@@ -18,6 +18,8 @@ from pipeline.rollouts.browse import pieces_of, write_page
 from pipeline.rollouts.locate import locate
 from pipeline.rollouts.store import RolloutWriter, iter_batches, read_manifest
 
+pytestmark = pytest.mark.system
+
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
