@@ -57,8 +57,9 @@ ui: setup
 # Each prints its table; none is timed by a test.
 bench: setup
 	$(BIN)/python -m benchmarks.verifiers
-	$(BIN)/python benchmarks/learner/bench_learner.py
-	$(BIN)/python benchmarks/store/bench.py
+	PYTHONPATH=. $(BIN)/python benchmarks/learner/bench_learner.py step
+	PYTHONPATH=. $(BIN)/python benchmarks/learner/bench_learner.py logprobs --repeat 1
+	$(BIN)/python benchmarks/store/bench.py --rows 60000 --small 20000 --baseline-rows 20000
 
 # Writes the lock anew from what is installed in .venv.
 lock:
