@@ -21,7 +21,7 @@ def prompt_set(context: dg.AssetExecutionContext, run_folder: RunFolder) -> Made
     a seeded shuffle without end.
     """
     from pipeline.prompts import build_prompt_set, iter_prompts
-    from pipeline.snapshots import file_sha256
+    from pipeline.rollouts.durable import sha256_file
 
     with step(context, run_folder) as work:
         if not work.run.prompts.exists():
@@ -30,7 +30,7 @@ def prompt_set(context: dg.AssetExecutionContext, run_folder: RunFolder) -> Made
         for prompt in iter_prompts(work.run.prompts):
             for part in (prompt.split, f"{prompt.split}: {prompt.source}"):
                 counts[part] = counts.get(part, 0) + 1
-        digest = file_sha256(work.run.prompts)
+        digest = sha256_file(work.run.prompts)
         open_rounds(context.instance, 0)
         return dg.MaterializeResult(
             metadata={

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.errors import RequestError, WorkError
 from pipeline.layout import Run
+from pipeline.rollouts.durable import sha256_file, sync_file, write_durably
 
 RECORD = "snapshot.json"
 KEPT = (".safetensors", ".json", ".jinja", ".model", ".txt")
@@ -63,11 +63,11 @@ def publish(
         snapshot = describe(partial, parent=parent, round=round, step=step, recipe_sha256=recipe_sha256)
         (partial / RECORD).write_text(snapshot.model_dump_json(indent=2) + "\n", encoding="utf-8")
         for path in partial.iterdir():
-            _sync(path)
+            sync_file(path)
         place = folder / snapshot.snapshot_id
         if not place.exists():
             partial.rename(place)
-            _sync(folder)
+            sync_file(folder)
         return load_record(place)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -76,7 +76,7 @@ def publish(
 def describe(folder: Path, *, parent: str | None, round: int | None, step: int, recipe_sha256: str | None) -> Snapshot:
     """The record of the policy that lies in `folder`, hashes computed from its files."""
     files = {
-        path.name: file_sha256(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name != RECORD
+        path.name: sha256_file(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name != RECORD
     }
     digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
     return Snapshot(
@@ -121,7 +121,7 @@ def verify(folder: Path) -> Snapshot:
         path = folder / name
         if not path.exists():
             raise WorkError(f"snapshot {folder}: {name} is missing; copy it from where the snapshot was made")
-        if file_sha256(path) != expected:
+        if sha256_file(path) != expected:
             raise WorkError(
                 f"snapshot {folder}: {name} is not what was published; delete the folder and fetch it again"
             )
@@ -176,15 +176,8 @@ def frozen_for(run: Run, round: int) -> Snapshot:
             f"run {run.name}: round {round} has no policy to freeze, since {before}; materialise that first"
         )
     record.parent.mkdir(parents=True, exist_ok=True)
-    partial = record.with_name(f".{record.name}.{os.getpid()}")
-    partial.write_text(json.dumps({"snapshot_id": snapshot.snapshot_id}) + "\n", encoding="utf-8")
-    partial.rename(record)
+    write_durably(record, (json.dumps({"snapshot_id": snapshot.snapshot_id}) + "\n").encode())
     return snapshot
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def tokenizer_sha256(folder: Path) -> str:
@@ -203,13 +196,5 @@ def _hash_of(folder: Path, names: tuple[str, ...]) -> str:
     digest = hashlib.sha256()
     for name in names:
         if (folder / name).exists():
-            digest.update(f"{name}\0{file_sha256(folder / name)}\0".encode())
+            digest.update(f"{name}\0{sha256_file(folder / name)}\0".encode())
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pipeline import snapshots
 from pipeline.prompts import Prompt, write_prompts
+from pipeline.rollouts import durable
 from pipeline.rollouts.locate import locate
 from pipeline.rollouts.sharing import export_dataset, push_dataset
 
@@ -45,4 +46,4 @@ def test_train_on_an_exported_dataset_given_by_url_without_vllm(tmp_path: Path) 
     record = snapshots.verify(published)
     assert record.step > 0
     assert record.parent == snapshots.load_record(policy).snapshot_id
-    assert snapshots.file_sha256(published / "model.safetensors") != snapshots.file_sha256(policy / "model.safetensors")
+    assert durable.sha256_file(published / "model.safetensors") != durable.sha256_file(policy / "model.safetensors")
