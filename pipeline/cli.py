@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +14,7 @@ from pipeline.errors import OaplError, RequestError
 
 if TYPE_CHECKING:
     from pipeline.generation.engine import Engine
-    from pipeline.recipe import Recipe
+    from pipeline.recipe import Generation, Recipe
     from pipeline.rollouts.locate import Located
 
 app = typer.Typer(
@@ -22,6 +23,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Rollout datasets and off-policy training for reasoning models: generate, judge, keep, share, learn.",
 )
+
+prompt_files = typer.Typer(no_args_is_help=True, help="Make prompt files of public problem sets.")
+app.add_typer(prompt_files, name="prompts")
 
 RecipeOption = Annotated[str | None, typer.Option("--recipe", help="Name of a recipe, or a YAML file.")]
 SetOption = Annotated[
@@ -93,7 +97,7 @@ def generate(
     asked = read_prompts(prompts)
     work = Work(policy, settings.generation, round, settings.seed, settings if recipe else None)
     _require(policy)
-    totals = make(work, asked, out, lambda: _vllm(policy, settings))
+    totals = make(work, asked, out, lambda: _vllm(policy, settings.generation, settings.seed))
     write_prompts(out / "prompts.parquet", asked)
     typer.echo(
         f"{out}: {totals.completions:,} completions in {totals.groups:,} groups, {totals.tokens:,} tokens, "
@@ -186,10 +190,45 @@ def evaluate(
     from pipeline.evaluation import heldout
     from pipeline.prompts import iter_prompts
 
-    found = measure(policy, heldout(iter_prompts(prompts)), settings, out, lambda: _vllm(policy, settings))
+    start = partial(_vllm, policy, settings.for_evaluation(), settings.seed)
+    found = measure(policy, heldout(iter_prompts(prompts)), settings, out, start)
     for k, estimate in found.overall.items():
         typer.echo(f"pass@{k} {estimate.mean:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]")
     typer.echo(f"{out}: {found.prompts:,} prompts, {found.samples} completions each, {found.seconds:.1f} s")
+
+
+@prompt_files.command("import")
+def import_prompts(
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[NAME=]FILE...", help="As published: .jsonl, .jsonl.gz or .parquet. NAME is the prompts' source."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Prompt file to write, .parquet.")],
+    kind: Annotated[
+        str, typer.Option("--kind", help="math, deepcoder, livecodebench, apps, taco, humaneval or mbpp.")
+    ],
+    heldout: Annotated[bool, typer.Option("--heldout", help="Mark the prompts as held out.")] = False,
+    skip: Annotated[bool, typer.Option("--skip", help="Leave out records that can't be used.")] = False,
+) -> None:
+    """Turn downloaded rows of public problem sets into one file of prompts."""
+    from pipeline.verifiers.datasets import import_prompts as convert
+
+    if out.suffix != ".parquet":
+        raise RequestError(f"{out}: prompts are written as .parquet")
+    skipped: list[str] | None = [] if skip else None
+    pairs = [_named(item) for item in files]
+    counts = convert(kind, pairs, out, "heldout" if heldout else "train", skipped)
+    typer.echo(f"{out}: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
+    if skipped:
+        typer.echo(f"{len(skipped):,} records left out, the first: {skipped[0]}", err=True)
+
+
+def _named(item: str) -> tuple[str, Path]:
+    """`NAME=FILE`, or a file whose name without suffixes is the source's."""
+    name, equals, file = item.partition("=")
+    return (name, Path(file)) if equals and not Path(item).exists() else (Path(item).name.partition(".")[0], Path(item))
 
 
 def _settings(recipe: str | None, overrides: list[str]) -> Recipe:
@@ -222,10 +261,10 @@ def _require(policy: Path) -> None:
         raise RequestError(f"no policy in {policy}: expected a folder with config.json, weights and tokenizer")
 
 
-def _vllm(policy: Path, settings: Recipe) -> Engine:
+def _vllm(policy: Path, settings: Generation, seed: int) -> Engine:
     from pipeline.generation.vllm_engine import VllmEngine
 
-    return VllmEngine(policy, settings.generation, settings.seed)
+    return VllmEngine(policy, settings, seed)
 
 
 def _become(words: list[str]) -> None:

@@ -94,6 +94,7 @@ def evaluate(
 ) -> Evaluation:
     """Samples, judges and counts, and writes `out`: Parquet, a row a prompt, the estimates in its metadata.
 
+    The engine is to be started with `recipe.for_evaluation()`, which is not how the policy samples for training.
     Interrupted, it goes on from the groups it had. Raises WorkError where no completion could be judged.
     """
     from pipeline.generation.generate import Work, generate
@@ -105,14 +106,11 @@ def evaluate(
     started = time.monotonic()
     snapshot = snapshots.load_record(policy)
     settings = recipe.evaluation
-    generation = recipe.generation.model_copy(
-        update={"samples": settings.samples, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
-    )
     work = out.with_name(f".{out.name}.{snapshot.snapshot_id}.work")
     # In the order of their ids, so that what is sampled does not hang on the file's order.
     ordered = sorted(prompts, key=lambda prompt: prompt.prompt_id)
     write_prompts(work / "prompts.parquet", ordered)
-    generate(Work(policy, generation, 0, recipe.seed + 1), ordered, work / "rollouts", start_engine)
+    generate(Work(policy, recipe.for_evaluation(), 0, recipe.seed + 1), ordered, work / "rollouts", start_engine)
     score(work / "rollouts", work / "prompts.parquet", work / "verdicts", recipe.verification)
     table = _count(work, ordered)
     evaluation = _estimates(table, snapshot, settings.samples, settings.ks, time.monotonic() - started)

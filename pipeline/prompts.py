@@ -61,14 +61,17 @@ def write_prompts(path: Path, prompts: Iterable[Prompt]) -> int:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     schema = PROMPTS.with_metadata({b"oapl.schema_version": str(SCHEMA_VERSION).encode()})
     rows = 0
-    with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
-        for batch in _batches(prompts, 4096):
-            columns = [{name: getattr(prompt, name) for name in PROMPTS.names} for prompt in batch]
-            for row, prompt in zip(columns, batch, strict=True):
-                row["messages"] = prompt.chat()
-            writer.write_table(pa.Table.from_pylist(columns, schema=schema))
-            rows += len(batch)
-    partial.rename(path)
+    try:
+        with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
+            for batch in _batches(prompts, 4096):
+                columns = [{name: getattr(prompt, name) for name in PROMPTS.names} for prompt in batch]
+                for row, prompt in zip(columns, batch, strict=True):
+                    row["messages"] = prompt.chat()
+                writer.write_table(pa.Table.from_pylist(columns, schema=schema))
+                rows += len(batch)
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)  # of prompts that broke off
     return rows
 
 
@@ -183,7 +186,8 @@ def build_prompt_set(recipe: Recipe, out: Path) -> dict[str, int]:
     """Writes the run's prompt set, train and held out, and returns the count of each split.
 
     No prompt is in both: held-out prompts are taken first, and a training prompt with the
-    content or the messages of a held-out one is left out.
+    content or the messages of a held-out one is left out. With `prompts.max_tokens`, too long training prompts are
+    left out, and counted as `too_long`.
     """
     settings = recipe.prompts
     train = _source(settings.train, "train", recipe)
@@ -202,8 +206,32 @@ def build_prompt_set(recipe: Recipe, out: Path) -> dict[str, int]:
     train = [replace(p, split="train") for p in train if p.prompt_id not in taken and repr(p.messages) not in taken]
     if not train:
         raise RequestError(f"{settings.train}: no training prompt is left beside the held-out ones")
+    counts = {"heldout": len(heldout)}
+    if settings.max_tokens is not None:
+        short = _short_enough(train, settings.max_tokens, recipe.policy.model)
+        if not short:
+            raise RequestError(f"{settings.train}: no training prompt has {settings.max_tokens} tokens or fewer")
+        counts["too_long"] = len(train) - len(short)
+        train = short
     write_prompts(out, [*train, *heldout])
-    return {"train": len(train), "heldout": len(heldout)}
+    return {"train": len(train), **counts}
+
+
+def _short_enough(prompts: Sequence[Prompt], most: int, model: str | None) -> list[Prompt]:
+    if model is None:
+        raise RequestError("prompts.max_tokens needs policy.model, whose tokenizer counts; set it to null")
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise RequestError(f"policy.model {model}: no tokenizer to count prompts.max_tokens with ({reason})") from None
+    return [
+        prompt
+        for prompt in prompts
+        if len(tokenizer.apply_chat_template(prompt.chat(), add_generation_prompt=True, return_dict=False)) <= most
+    ]
 
 
 def _source(name: str, split: Literal["train", "heldout"], recipe: Recipe) -> list[Prompt]:

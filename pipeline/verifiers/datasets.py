@@ -1,7 +1,9 @@
-"""Public sets of programming problems as prompts: LiveCodeBench, DeepCoder, APPS, TACO, HumanEval, MBPP.
+"""Public problem sets as prompts: math of problem and answer (DeepScaleR, AIME, HMMT, BRUMO), and LiveCodeBench,
+DeepCoder, APPS, TACO, HumanEval, MBPP.
 
-A loader takes one record as the set publishes it and returns (what to ask, the tests in one of our forms). Nothing
-in a record is executed here, and LiveCodeBench's pickled tests are read by a parser that knows texts only.
+A loader takes one record as the set publishes it and returns (what to ask, the answer as text or the tests in one of
+our forms). Nothing in a record is executed here, and LiveCodeBench's pickled tests are read by a parser that knows
+texts only.
 """
 
 from __future__ import annotations
@@ -9,12 +11,11 @@ from __future__ import annotations
 import ast
 import base64
 import binascii
-import itertools
 import json
 import pickletools
 import textwrap
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +24,12 @@ from pipeline.errors import RequestError
 if TYPE_CHECKING:
     from pipeline.prompts import Prompt
 
-Loaded = tuple[str, dict[str, Any]]
+Loaded = tuple[str, dict[str, Any] | str]
 MOST_BYTES = 1 << 30
 """Size that LiveCodeBench's tests of one problem may unpack to."""
 
+ASK_BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
+"""What Qwen's and DeepSeek's model cards advise to ask after a problem of mathematics."""
 _ASK_PROGRAM = "Write a Python program that reads standard input and prints the answer. Put it in a ```python block."
 _ASK_FUNCTION = "Complete this Python code. Put all of it in a ```python block.\n\n```python\n{}\n```"
 _OPCODES = {"PROTO", "FRAME", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "UNICODE", "MEMOIZE", "BINPUT",
@@ -97,6 +100,18 @@ def _inputs_outputs(tests: dict[str, Any]) -> dict[str, Any]:
     return {**kept, "fn_name": tests["fn_name"]} if tests.get("fn_name") else kept
 
 
+def math(record: dict[str, Any]) -> Loaded:
+    """Sets of problem and answer. Fields: `problem` (or `question`) and `answer`, in any case; AIME's are integers."""
+    fields = {name.lower(): value for name, value in record.items()}
+    problem = fields["problem"] if "problem" in fields else fields["question"]
+    answer = fields["answer"]
+    if not isinstance(problem, str) or not problem.strip():
+        raise ValueError("no text under problem")
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float) or not str(answer).strip():
+        raise ValueError(f"no answer: {answer!r}")
+    return f"{problem.strip()}\n\n{ASK_BOXED}", str(answer).strip()
+
+
 def apps(record: dict[str, Any]) -> Loaded:
     """APPS and TACO. Fields: question, input_output, starter_code."""
     return _ask(record["question"], record.get("starter_code")), _inputs_outputs(json.loads(record["input_output"]))
@@ -132,6 +147,7 @@ def _called(code: str, asserts: list[str]) -> str:
 
 
 DATASETS: dict[str, Callable[[dict[str, Any]], Loaded]] = {
+    "math": math,
     "livecodebench": livecodebench,
     "deepcoder": deepcoder,
     "apps": apps,
@@ -141,10 +157,13 @@ DATASETS: dict[str, Callable[[dict[str, Any]], Loaded]] = {
 }
 
 
-def read_dataset(kind: str, file: Path, split: str = "train") -> Iterator[Prompt]:
+def read_dataset(
+    kind: str, file: Path, split: str = "train", source: str = "", skipped: list[str] | None = None
+) -> Iterator[Prompt]:
     """Prompts of a set's file (.jsonl, .jsonl.gz or .parquet, as published), one at a time.
 
-    Raises RequestError that names the row of the first record it can't use.
+    `source` is what the prompts say they are from, the kind unless given. Raises RequestError that names the row of
+    the first record it can't use; with a list in `skipped` such rows are left out, and why goes into it.
     """
     from pipeline.prompts import make_prompt
 
@@ -152,19 +171,56 @@ def read_dataset(kind: str, file: Path, split: str = "train") -> Iterator[Prompt
         raise RequestError(f"no dataset {kind!r}; known: {', '.join(DATASETS)}")
     for number, record in enumerate(_records(file), 1):
         try:
-            ask, tests = DATASETS[kind](record)
+            ask, reference = DATASETS[kind](record)
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, binascii.Error, zlib.error) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise RequestError(f"{file}, row {number}: no record of {kind} ({reason:.200})") from None
-        yield make_prompt("code", [("user", ask)], tests=json.dumps(tests), source=kind, split=split)
+            reason = f"{file}, row {number}: no record of {kind} ({type(error).__name__}: {error})"[:300]
+            if skipped is None:
+                raise RequestError(reason) from None
+            skipped.append(reason)
+            continue
+        told = {"answer": reference} if isinstance(reference, str) else {"tests": json.dumps(reference)}
+        task = "math" if isinstance(reference, str) else "code"
+        yield make_prompt(task, [("user", ask)], **told, source=source or kind, split=split)
+
+
+def import_prompts(
+    kind: str, files: Sequence[tuple[str, Path]], out: Path, split: str, skipped: list[str] | None = None
+) -> dict[str, int]:
+    """Writes the prompts of (source, file) pairs into one prompt file, each prompt once; returns the count by source.
+
+    Raises RequestError where a file can't be read, or where no prompt is left.
+    """
+    from pipeline.prompts import write_prompts
+
+    counts: dict[str, int] = {source: 0 for source, _ in files}
+    seen: set[str] = set()
+
+    def prompts() -> Iterator[Prompt]:
+        for source, file in files:
+            for prompt in read_dataset(kind, file, split, source, skipped):
+                if prompt.prompt_id not in seen:
+                    seen.add(prompt.prompt_id)
+                    counts[source] += 1
+                    yield prompt
+
+    write_prompts(out, prompts())
+    if not seen:
+        out.unlink()
+        raise RequestError(f"{', '.join(str(file) for _, file in files)}: no record that can be used")
+    return counts
 
 
 def _records(file: Path) -> Iterator[dict[str, Any]]:
     if file.suffix == ".parquet":
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        with pq.ParquetFile(file) as table:
-            yield from itertools.chain.from_iterable(batch.to_pylist() for batch in table.iter_batches(batch_size=64))
+        try:
+            with pq.ParquetFile(file) as table:
+                for batch in table.iter_batches(batch_size=64):
+                    yield from batch.to_pylist()
+        except (OSError, pa.ArrowInvalid) as error:
+            raise RequestError(f"{file}: can't be read as Parquet ({str(error).splitlines()[0]})") from None
         return
     import gzip
 

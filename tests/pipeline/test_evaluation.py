@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from pipeline.evaluation import estimate, pass_at_k
+from pipeline.recipe import Generation
 
 
 @pytest.mark.parametrize("n", range(1, 9))
@@ -35,3 +39,25 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
         found = estimate(np.full(120, 8), rng.binomial(8, chances), 1)
         covered += found.low <= 0.5 <= found.high
     assert 0.92 <= covered / 400 <= 0.98
+
+
+def test_the_engine_is_started_with_the_sampling_of_evaluation(
+    tmp_path: Path, random_policy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline import cli
+    from pipeline.generation import vllm_engine
+
+    class Started(Exception):
+        pass
+
+    def start(policy: Path, settings: Generation, seed: int) -> Any:
+        raise Started(settings)
+
+    monkeypatch.setattr(vllm_engine, "VllmEngine", start)
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text(json.dumps({"task": "math", "prompt": "1+1?", "answer": "2"}) + "\n", encoding="utf-8")
+    changes = ["temperature=0.6", "top_p=0.95", "max_tokens=99", "samples=3", "ks=[1]"]
+    with pytest.raises(Started) as caught:
+        cli.evaluate(random_policy, prompts, tmp_path / "out.parquet", set=[f"evaluation.{item}" for item in changes])
+    settings = caught.value.args[0]
+    assert (settings.temperature, settings.top_p, settings.max_tokens) == (0.6, 0.95, 99)

@@ -109,6 +109,33 @@ def test_a_share_of_a_plain_file_is_held_out_by_prompt(tmp_path: Path) -> None:
         build_prompt_set(load_recipe("tiny", [*changes[:2], "prompts.heldout_count=40"]), tmp_path / "set.parquet")
 
 
+def test_too_long_training_prompts_are_left_out_by_the_policys_own_tokenizer(
+    tmp_path: Path, random_policy: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(random_policy)
+    mine = [make_prompt("math", [("user", "1 + " * n + "1?")], answer=str(n)) for n in range(12)]
+    lengths = [
+        len(tokenizer.apply_chat_template(p.chat(), add_generation_prompt=True, return_dict=False)) for p in mine
+    ]
+    write_prompts(tmp_path / "train.parquet", mine[:10])
+    write_prompts(tmp_path / "heldout.parquet", mine[10:])
+    changes = ["policy.cold_start=null", f"policy.model={random_policy}", f"prompts.max_tokens={lengths[6]}"]
+    changes += [f"prompts.{split}={tmp_path / split}.parquet" for split in ("train", "heldout")]
+    assert build_prompt_set(load_recipe("tiny", changes), tmp_path / "set.parquet") == {
+        "train": 7,
+        "heldout": 2,
+        "too_long": 3,
+    }
+    kept = read_prompts(tmp_path / "set.parquet")
+    assert [prompt.prompt_id for prompt in kept] == [prompt.prompt_id for prompt in [*mine[:7], *mine[10:]]]
+    with pytest.raises(RequestError, match="no training prompt has 1 tokens or fewer"):
+        build_prompt_set(load_recipe("tiny", [*changes, "prompts.max_tokens=1"]), tmp_path / "set.parquet")
+    with pytest.raises(RequestError, match=r"needs policy\.model"):
+        build_prompt_set(load_recipe("tiny", ["prompts.max_tokens=9"]), tmp_path / "set.parquet")
+
+
 def test_rounds_take_every_prompt_before_any_comes_back(tmp_path: Path) -> None:
     prompts = [make_prompt("math", [("user", f"{n}?")], answer=str(n)) for n in range(10)]
     path = tmp_path / "set.parquet"

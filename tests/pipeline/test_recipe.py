@@ -69,6 +69,16 @@ def test_a_saved_recipe_is_the_same_recipe(tmp_path: Path) -> None:
     assert yaml.safe_load((tmp_path / "r.yaml").read_text())["learning"]["clip"] == recipe.learning.clip
 
 
+def test_evaluation_samples_in_its_own_way_and_its_length_widens_the_model_length() -> None:
+    settings = ["generation.top_k=5", "generation.max_tokens=100", "generation.max_model_len=150"]
+    told = ["evaluation.temperature=0.6", "evaluation.top_p=0.95", "evaluation.max_tokens=400"]
+    usual = load_recipe("tiny", settings).for_evaluation()
+    longer = load_recipe("tiny", [*settings, *told]).for_evaluation()
+    assert (usual.max_tokens, usual.max_model_len, usual.top_k, usual.samples) == (100, 150, 0, 16)
+    assert (longer.max_tokens, longer.max_model_len, longer.temperature, longer.top_p) == (400, 450, 0.6, 0.95)
+    assert load_recipe("tiny", [*settings, "evaluation.max_tokens=20"]).for_evaluation().max_model_len == 150
+
+
 def test_a_run_is_gone_on_with_under_its_own_settings_only(tmp_path: Path) -> None:
     first = load_recipe("tiny")
     run = open_run(tmp_path, first)

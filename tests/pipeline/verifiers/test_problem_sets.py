@@ -11,16 +11,21 @@ import random
 import subprocess
 import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import RequestError
+from pipeline.prompts import read_prompts
 from pipeline.recipe import Verification
 from pipeline.verifiers import Case, judge
 from pipeline.verifiers.datasets import livecodebench_private, read_dataset, text_of_pickle
 
+Oapl = Callable[..., "subprocess.CompletedProcess[str]"]
 SETTINGS = Verification(workers=2, code_timeout_s=2.0)
 
 
@@ -213,6 +218,67 @@ def test_pickled_tests_can_hold_a_text_and_nothing_else() -> None:
     assert not Path("/tmp/oapl_pickle_was_here").exists()
 
 
+MATH_RECORDS: list[tuple[dict[str, Any], str]] = [
+    # DeepScaleR; MathArena's AIME (integers), HMMT and BRUMO; and sets that say question, or spell fields large.
+    ({"problem": "What is 1/2 + 1/4?", "answer": "\\frac{3}{4}", "solution": "..."}, "\\frac{3}{4}"),
+    ({"problem_idx": 1, "problem": "Find b.", "answer": 70, "problem_type": ["Number Theory"]}, "70"),
+    ({"question": "Find c.", "answer": " 5 "}, "5"),
+    ({"ID": "2024-I-1", "Problem": "Find d.", "Answer": 204, "Solution": "..."}, "204"),
+]
+
+
+@pytest.mark.parametrize(("record", "answer"), MATH_RECORDS)
+def test_rows_of_problem_and_answer_become_math_prompts(record: dict[str, Any], answer: str, tmp_path: Path) -> None:
+    file = tmp_path / "set.jsonl"
+    file.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    [prompt] = read_dataset("math", file, "heldout", "aime25")
+    assert (prompt.task, prompt.answer, prompt.source, prompt.split) == ("math", answer, "aime25", "heldout")
+    problem = record.get("problem") or record.get("question") or record["Problem"]
+    assert prompt.messages == (
+        ("user", f"{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}."),
+    )
+    right = Case("1", "math", f"So it is \\boxed{{{answer}}}.", answer=prompt.answer)
+    assert [verdict.status for verdict in judge([right], SETTINGS)] == ["correct"]
+
+
+def test_the_command_joins_files_of_a_set_into_prompts_that_a_recipe_can_name(tmp_path: Path, oapl: Oapl) -> None:
+    rows = [{"problem_idx": n, "problem": f"Find {n}.", "answer": n} for n in (1, 2)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "aime_2025.parquet")
+    (tmp_path / "hmmt.jsonl").write_text(
+        "".join(json.dumps({"problem": f"Find {n}.", "answer": str(n)}) + "\n" for n in (2, 3, "")), encoding="utf-8"
+    )
+    out = tmp_path / "heldout.parquet"
+    words = ["prompts", "import", tmp_path / "aime_2025.parquet", f"hmmt25={tmp_path / 'hmmt.jsonl'}"]
+    words += ["--kind", "math", "--heldout", "--out", out]
+    refused = oapl(*words)
+    assert refused.returncode == 2
+    assert "hmmt.jsonl, row 3: no record of math" in refused.stderr
+    assert not list(tmp_path.glob("*heldout*")) and not list(tmp_path.glob(".*"))
+    done = oapl(*words, "--skip")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"{out}: 2 aime_2025, 1 hmmt25"
+    assert "1 records left out" in done.stderr
+    found = [(prompt.source, prompt.split, prompt.answer) for prompt in read_prompts(out)]
+    assert found == [("aime_2025", "heldout", "1"), ("aime_2025", "heldout", "2"), ("hmmt25", "heldout", "3")]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["no-file.parquet", "--kind", "math", "--out", "OUT.parquet"], "no-file.parquet: can't be read"),
+        (["no-file.jsonl", "--kind", "math", "--out", "OUT.parquet"], "no-file.jsonl: can't be read"),
+        (["no-file.jsonl", "--kind", "riddles", "--out", "OUT.parquet"], "no dataset 'riddles'; known: math"),
+        (["no-file.jsonl", "--kind", "math", "--out", "OUT.jsonl"], "prompts are written as .parquet"),
+    ],
+)
+def test_files_that_give_no_prompts_are_one_line(words: list[str], said: str, tmp_path: Path, oapl: Oapl) -> None:
+    done = oapl("prompts", "import", *(word.replace("OUT", str(tmp_path / "out")) for word in words))
+    assert done.returncode == 2
+    [line] = done.stderr.strip().splitlines()
+    assert said in line
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_bad_record_is_named_by_its_row(tmp_path: Path) -> None:
     file = tmp_path / "set.jsonl"
     good = {"question": "Add.", "input_output": json.dumps({"inputs": ["1"], "outputs": ["1"]})}
@@ -221,5 +287,5 @@ def test_a_bad_record_is_named_by_its_row(tmp_path: Path) -> None:
         with pytest.raises(RequestError, match="row 2") as told:
             list(read_dataset("apps", file))
         assert "\n" not in str(told.value)
-    with pytest.raises(RequestError, match="known: livecodebench"):
+    with pytest.raises(RequestError, match="known: math, livecodebench"):
         next(read_dataset("unknown", file))
