@@ -6,7 +6,7 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -195,6 +195,75 @@ def evaluate(
     for k, estimate in found.overall.items():
         typer.echo(f"pass@{k} {estimate.mean:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]")
     typer.echo(f"{out}: {found.prompts:,} prompts, {found.samples} completions each, {found.seconds:.1f} s")
+
+
+@app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a recipe, or a YAML file.")],
+    set: SetOption = None,
+    gpus: Annotated[int | None, typer.Option("--gpus", help="Cards there are.")] = None,
+    gpu_memory: Annotated[float | None, typer.Option("--gpu-memory", help="GiB of a card; judges what fits.")] = None,
+    mean_tokens: Annotated[float | None, typer.Option("--mean-tokens", help="Mean length of a completion.")] = None,
+    tokens_per_second: Annotated[
+        float | None, typer.Option("--tokens-per-second", help="Completion tokens that one engine makes.")
+    ] = None,
+    train_tokens_per_second: Annotated[
+        float | None,
+        typer.Option("--train-tokens-per-second", help="Completion tokens that all ranks together learn from."),
+    ] = None,
+    verdicts_per_second: Annotated[
+        float | None, typer.Option("--verdicts-per-second", help="Completions that the verifiers judge.")
+    ] = None,
+    model_config: Annotated[
+        Path | None, typer.Option("--model-config", help="The model's folder, or its config.json.")
+    ] = None,
+    measured: Annotated[
+        Path | None,
+        typer.Option("--measured", help="A run's folder to take lengths and throughputs from, and to compare with."),
+    ] = None,
+    root: RootOption = Path("data"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as one JSON object instead.")] = False,
+) -> None:
+    """What a recipe takes: tokens, hours, memory and disk, each with its formula; and what to change. Runs nothing."""
+    from dataclasses import asdict, replace
+
+    from pipeline.layout import Run
+    from pipeline.measured import compare, finished_rounds, given_by, open_measured
+    from pipeline.planning import Given
+    from pipeline.planning import plan as make
+    from pipeline.recipe import load_recipe
+    from pipeline.shapes import shape_of
+
+    settings = load_recipe(recipe, set or [])
+    run = open_measured(measured) if measured else Run(root, settings.name)
+    facts = finished_rounds(run) if run.recipe.exists() else []
+    if measured and not facts:
+        raise RequestError(f"{measured}: no round of it is finished, so there is nothing to measure by")
+    told: dict[str, Any] = {
+        "mean_tokens": mean_tokens,
+        "evaluation_tokens": mean_tokens,
+        "tokens_per_second": tokens_per_second,
+        "evaluation_tokens_per_second": tokens_per_second,
+        "train_tokens_per_second": train_tokens_per_second,
+        "verdicts_per_second": verdicts_per_second,
+        "gpus": gpus,
+        "gpu_memory": gpu_memory,
+    }
+    known = given_by(facts, str(run.path)) if facts else Given()
+    given = replace(known, **{name: value for name, value in told.items() if value is not None})
+    made = make(settings, shape_of(settings, model_config), given)
+    compared = compare(run, facts) if facts else []
+    if as_json:
+        import json
+
+        tree = {**made.as_dict(), "given": asdict(given), "measured": [asdict(item) for item in compared]}
+        typer.echo(json.dumps(tree, indent=1))
+        return
+    from rich.console import Console
+
+    from pipeline.plan_tables import show
+
+    show(made, given, compared, Console())
 
 
 @prompt_files.command("import")

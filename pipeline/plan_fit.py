@@ -1,0 +1,189 @@
+"""Memory of a rank of the learner, and what to change where something does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pipeline.recipe import Learning, Recipe
+from pipeline.shapes import GIB, ITEM, Shape, show_bytes
+
+if TYPE_CHECKING:
+    from pipeline.planning import Given, Plan
+
+CHUNK_ELEMENTS = 1 << 24
+KEPT_ELEMENTS = 3 << 26
+"""Logits that the learner makes at a time and keeps, as in `trainer/logprobs.py`."""
+BUCKET_ELEMENTS = 500_000_000
+"""Gradients that DeepSpeed gathers before it reduces them (its default reduce_bucket_size), allocated whole."""
+LIVE_ELEMENTS = 1_000_000_000
+"""Weights that ZeRO-3 holds gathered at a time, at most (its default stage3_max_live_parameters)."""
+HEADROOM = 0.9
+"""Share of a card that the learner is planned to fill; CUDA itself and fragments take of the rest."""
+LONGEST_LAG = 400
+"""Optimizer steps between the policies that generate and learn, up to which OAPL is reported stable."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes of one rank of the learner under one ZeRO stage."""
+
+    stage: int
+    weights: float
+    gradients: float
+    optimizer: float
+    """AdamW's two moments, and float32 masters where the weights are not the masters."""
+    gathered: float
+    """Stage 3: weights that are whole for the time being."""
+    bucket: float
+    """DeepSpeed's buffer to reduce gradients in."""
+    logits: float
+    head_gradient: float
+    """Of the output matrix, summed in float32 in one pass."""
+    activations: float
+    activations_checkpointed: float
+    step: float
+    """Gradients once more in float32, while the optimizer steps and activations are gone."""
+    host: float
+    """Bytes of the host's memory for all ranks."""
+
+    def total(self, checkpointing: bool) -> float:
+        held = self.weights + self.gradients + self.optimizer + self.gathered + self.bucket
+        kept = self.activations_checkpointed if checkpointing else self.activations
+        return held + max(kept + self.logits + self.head_gradient, self.step)
+
+
+def runs_as(settings: Learning) -> int:
+    """bfloat16 needs float32 masters, which DeepSpeed keeps from stage 1 on."""
+    return max(settings.zero_stage, 1) if settings.dtype == "bfloat16" else settings.zero_stage
+
+
+def pass_tokens(recipe: Recipe) -> int:
+    """Positions of the largest forward pass: the budget, or one longest sequence."""
+    return max(recipe.learning.micro_batch_tokens, recipe.generation.max_model_len)
+
+
+def learner_memory(recipe: Recipe, shape: Shape, stage: int) -> Memory:
+    """One rank under that ZeRO stage, everything else as in the recipe.
+
+    Source of the shares: Rajbhandari et al. 2020 (arXiv 1910.02054); of the rest: DeepSpeed 0.19's buffers and what
+    `trainer/logprobs.py` makes.
+    """
+    settings = recipe.learning
+    stage = max(stage, 1) if settings.dtype == "bfloat16" else stage
+    item, ranks = ITEM[settings.dtype], settings.ranks
+    everything = shape.parameters
+    learned = shape.adapters(settings.lora_rank) if settings.lora_rank else everything
+    total = everything + (learned if settings.lora_rank else 0)
+    divide = [ranks if stage >= least else 1 for least in (3, 2, 1)]  # weights, gradients, optimizer
+    weights, gradients = total * item / divide[0], learned * item / divide[1]
+    optimizer = learned * (12 if stage else 8) / divide[2]
+    tokens, chunk = pass_tokens(recipe), max(1, CHUNK_ELEMENTS // shape.vocabulary)
+    kept = min(tokens, chunk * (KEPT_ELEMENTS // CHUNK_ELEMENTS))
+    logits = 4.0 * shape.vocabulary * (kept + 3 * min(tokens, chunk))
+    own_head = stage < 3 and not settings.lora_rank
+    head = shape.embedding * (4 + (2 if item == 2 else 0)) if own_head else 0
+    layer = shape.activations(item, flash=settings.attention in ("flash", "flex"))
+    outer = (4 + 2 * item) * shape.hidden  # the last norm, and its outputs that are scored
+    step = learned / ranks * (4 + (item if item == 2 else 0)) if stage else 0.0
+    host = 0.0
+    if settings.offload != "none" and stage >= {"optimizer": 1, "all": 3}[settings.offload]:
+        host += ranks * (optimizer + 4 * learned / ranks)  # the gradients' share goes to the host as float32
+        optimizer = step = 0.0
+        if settings.offload == "all":
+            host, weights = host + ranks * weights, 0.0
+    return Memory(
+        stage,
+        weights,
+        gradients,
+        optimizer,
+        gathered=min(total, LIVE_ELEMENTS) * item if stage == 3 else 0,
+        bucket=BUCKET_ELEMENTS * item if stage else 0,
+        logits=logits,
+        head_gradient=head,
+        activations=tokens * (shape.layers * layer + outer),
+        activations_checkpointed=tokens * (shape.layers * shape.hidden * item + layer + outer),
+        step=min(step, 6.0 * LIVE_ELEMENTS) if stage == 3 else step,
+        host=host,
+    )
+
+
+def advice(recipe: Recipe, shape: Shape, given: Given, made: Plan) -> Iterator[str]:
+    settings, generation = recipe.learning, recipe.generation
+    if given.gpu_memory is not None:
+        yield from _fitting(recipe, shape, given.gpu_memory, made)
+        if not made.value("fit_longest"):
+            yield (
+                f"engine: not one rollout of {generation.max_model_len:,} tokens fits beside the weights; raise "
+                "generation.tensor_parallel or lower generation.max_model_len"
+            )
+        elif made.value("fit_longest") < generation.max_num_seqs:
+            yield (
+                f"engine: {made.value('fit_longest'):,.0f} of generation.max_num_seqs={generation.max_num_seqs} fit at "
+                "full length; those beyond wait or are computed again, which costs time and changes no token"
+            )
+    longest = recipe.for_evaluation().max_model_len
+    if shape.longest is not None and longest > shape.longest:
+        yield f"the model knows {shape.longest:,} positions, and {longest:,} are asked for; lower max_tokens"
+    if settings.micro_batch_tokens < generation.max_model_len:
+        yield (
+            f"learner: one sequence may have {generation.max_model_len:,} tokens, more than "
+            f"learning.micro_batch_tokens={settings.micro_batch_tokens:,}; memory is by the sequence"
+        )
+    if given.gpus is not None and settings.ranks > given.gpus:
+        yield f"learner: learning.ranks={settings.ranks} are more than {given.gpus} cards; set learning.ranks"
+    if given.gpus is not None and given.gpus > generation.tensor_parallel:
+        yield (
+            f"engine: `oapl run` starts one engine of {generation.tensor_parallel} cards; for all {given.gpus}, give "
+            "each engine a share of the prompts with `oapl generate`, and join them with `oapl rollouts merge`"
+        )
+    if made.value("steps") > LONGEST_LAG:
+        yield f"a round of {made.value('steps'):,.0f} steps lags further than the {LONGEST_LAG} reported as stable"
+    if not (given.tokens_per_second and given.train_tokens_per_second):
+        yield (
+            "hours need throughputs: give --tokens-per-second and --train-tokens-per-second, or make a round of few "
+            "prompts (--set name=trial --set prompts.per_round=64) and give --measured its folder"
+        )
+    if given.mean_tokens is None:
+        yield "every completion is taken to be of full length; give --mean-tokens"
+
+
+def _fitting(recipe: Recipe, shape: Shape, gpu_memory: float, made: Plan) -> Iterator[str]:
+    """What to change, one thing after another, until a rank of the learner fits; nothing where it does."""
+    room = HEADROOM * gpu_memory * GIB
+    needed = made.memory[made.stage].total(made.checkpointing)
+    if needed <= room:
+        yield f"learner: fits; a rank takes {show_bytes(needed)} of {gpu_memory:g} GiB"
+        return
+    changes: list[str] = []
+    settings = recipe.learning
+    for change in _changes(settings):
+        settings = settings.model_copy(update=change)
+        changes += [f"learning.{name}={str(value).lower()}" for name, value in change.items()]
+        trial = learner_memory(recipe.model_copy(update={"learning": settings}), shape, settings.zero_stage)
+        least = trial.total(settings.activation_checkpointing)
+        if least <= room:
+            host = f", with {show_bytes(trial.host)} of the host's memory" if trial.host else ""
+            yield (
+                f"learner: a rank takes {show_bytes(needed)}, more than {HEADROOM:.0%} of {gpu_memory:g} GiB; set "
+                f"{' '.join(changes)}, and it takes {show_bytes(least)}{host}"
+            )
+            return
+    yield (
+        f"learner: a rank takes {show_bytes(needed)}, more than {HEADROOM:.0%} of {gpu_memory:g} GiB, and "
+        f"{show_bytes(least)} with {' '.join(changes)}; take more ranks, or shorter sequences"
+    )
+
+
+def _changes(settings: Learning) -> Iterator[dict[str, Any]]:
+    """Settings that save memory, the cheapest first."""
+    if not settings.activation_checkpointing:
+        yield {"activation_checkpointing": True}
+    if settings.ranks > 1:
+        for stage in range(settings.zero_stage + 1, 4):
+            yield {"zero_stage": stage}
+    if settings.offload == "none":
+        yield {"offload": "optimizer", "zero_stage": 3 if settings.ranks > 1 else max(1, settings.zero_stage)}
+    if settings.offload != "all":
+        yield {"offload": "all", "zero_stage": 3}
