@@ -204,6 +204,9 @@ def plan(
     gpus: Annotated[int | None, typer.Option("--gpus", help="Cards there are.")] = None,
     gpu_memory: Annotated[float | None, typer.Option("--gpu-memory", help="GiB of a card; judges what fits.")] = None,
     mean_tokens: Annotated[float | None, typer.Option("--mean-tokens", help="Mean length of a completion.")] = None,
+    uniform_share: Annotated[
+        float | None, typer.Option("--uniform-share", help="Share of groups whose rewards will all be equal.")
+    ] = None,
     tokens_per_second: Annotated[
         float | None, typer.Option("--tokens-per-second", help="Completion tokens that one engine makes.")
     ] = None,
@@ -242,6 +245,7 @@ def plan(
     told: dict[str, Any] = {
         "mean_tokens": mean_tokens,
         "evaluation_tokens": mean_tokens,
+        "uniform": uniform_share,
         "tokens_per_second": tokens_per_second,
         "evaluation_tokens_per_second": tokens_per_second,
         "train_tokens_per_second": train_tokens_per_second,

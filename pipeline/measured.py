@@ -35,9 +35,10 @@ class Facts:
     step_seconds: float
     """Of the optimizer steps alone."""
     uniform_groups: int
-    snapshot_bytes: int
+    snapshot_bytes: int | None
+    """Of this round's; null where it is gone."""
     moment_bytes: int | None
-    """Of this round's; null where they are gone."""
+    """The same of the optimizer's state."""
     evaluated: int
     """Completions of the evaluation."""
     evaluation_mean: float
@@ -83,7 +84,6 @@ def _facts(run: Run, number: int) -> Facts:
     with log.open(encoding="utf-8") as lines:
         step_seconds = sum(float(json.loads(line)["seconds"]) for line in lines)
     evaluation = read_evaluation(run.evaluation(number))
-    moments = run.snapshots / ".optimizer" / learned["snapshot_id"]
     return Facts(
         number,
         _recipe_of(run, number),
@@ -97,7 +97,7 @@ def _facts(run: Run, number: int) -> Facts:
         step_seconds,
         int(learned["uniform_groups"]),
         _size(run.snapshot(learned["snapshot_id"])),
-        _size(moments) if moments.is_dir() else None,
+        _size(run.snapshots / ".optimizer" / learned["snapshot_id"]),
         evaluation.prompts * evaluation.samples,
         evaluation.mean_tokens,
     )
@@ -119,7 +119,9 @@ def _recipe_of(run: Run, number: int) -> Recipe:
     return recipe
 
 
-def _size(folder: Path) -> int:
+def _size(folder: Path) -> int | None:
+    if not folder.is_dir():
+        return None
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
@@ -186,6 +188,7 @@ def _compared(fact: Facts, given: Given) -> Iterator[Comparison]:
             fact.round, "verification", "seconds", hours["verification_hours"] * 3600, fact.seconds["verify"]
         )
     yield Comparison(fact.round, "rollouts", "bytes", made.value("rollout_bytes"), fact.rollout_bytes)
-    yield Comparison(fact.round, "snapshot", "bytes", made.value("snapshot_bytes"), fact.snapshot_bytes)
+    if fact.snapshot_bytes is not None:
+        yield Comparison(fact.round, "snapshot", "bytes", made.value("snapshot_bytes"), fact.snapshot_bytes)
     if fact.moment_bytes is not None:
         yield Comparison(fact.round, "optimizer's state", "bytes", made.value("state_bytes"), fact.moment_bytes)

@@ -64,49 +64,105 @@ def pass_tokens(recipe: Recipe) -> int:
     return max(recipe.learning.micro_batch_tokens, recipe.generation.max_model_len)
 
 
+@dataclass(frozen=True, slots=True)
+class _Factors:
+    """What the numbers of all stages are made from."""
+
+    item: int
+    """Bytes of a weight."""
+    whole: int
+    """Weights there are, adapters included."""
+    learned: int
+    """Weights that are learned."""
+    tokens: int
+    chunk: int
+    """Rows of logits that are made at a time."""
+    kept: int
+    """Rows that are kept for the backward pass."""
+    layer: int
+    """Bytes that a layer keeps a token."""
+    outer: int
+    """Bytes a token of the last norm and its outputs that are scored."""
+
+
+def _factors(recipe: Recipe, shape: Shape) -> _Factors:
+    settings = recipe.learning
+    item, tokens = ITEM[settings.dtype], pass_tokens(recipe)
+    adapters = shape.adapters(settings.lora_rank) if settings.lora_rank else 0
+    chunk = min(tokens, max(1, CHUNK_ELEMENTS // shape.vocabulary))
+    return _Factors(
+        item,
+        whole=shape.parameters + adapters,
+        learned=adapters or shape.parameters,
+        tokens=tokens,
+        chunk=chunk,
+        kept=min(tokens, chunk * (KEPT_ELEMENTS // CHUNK_ELEMENTS)),
+        layer=shape.activations(item, flash=settings.attention in ("flash", "flex")),
+        outer=(4 + 2 * item) * shape.hidden,
+    )
+
+
 def learner_memory(recipe: Recipe, shape: Shape, stage: int) -> Memory:
     """One rank under that ZeRO stage, everything else as in the recipe.
 
     Source of the shares: Rajbhandari et al. 2020 (arXiv 1910.02054); of the rest: DeepSpeed 0.19's buffers and what
     `trainer/logprobs.py` makes.
     """
-    settings = recipe.learning
+    settings, of = recipe.learning, _factors(recipe, shape)
     stage = max(stage, 1) if settings.dtype == "bfloat16" else stage
-    item, ranks = ITEM[settings.dtype], settings.ranks
-    everything = shape.parameters
-    learned = shape.adapters(settings.lora_rank) if settings.lora_rank else everything
-    total = everything + (learned if settings.lora_rank else 0)
-    divide = [ranks if stage >= least else 1 for least in (3, 2, 1)]  # weights, gradients, optimizer
-    weights, gradients = total * item / divide[0], learned * item / divide[1]
-    optimizer = learned * (12 if stage else 8) / divide[2]
-    tokens, chunk = pass_tokens(recipe), max(1, CHUNK_ELEMENTS // shape.vocabulary)
-    kept = min(tokens, chunk * (KEPT_ELEMENTS // CHUNK_ELEMENTS))
-    logits = 4.0 * shape.vocabulary * (kept + 3 * min(tokens, chunk))
-    own_head = stage < 3 and not settings.lora_rank
-    head = shape.embedding * (4 + (2 if item == 2 else 0)) if own_head else 0
-    layer = shape.activations(item, flash=settings.attention in ("flash", "flex"))
-    outer = (4 + 2 * item) * shape.hidden  # the last norm, and its outputs that are scored
-    step = learned / ranks * (4 + (item if item == 2 else 0)) if stage else 0.0
+    ranks, half = settings.ranks, of.item == 2
+    shares = [ranks if stage >= least else 1 for least in (3, 2, 1)]
+    weights, gradients = of.whole * of.item / shares[0], of.learned * of.item / shares[1]
+    optimizer = of.learned * (12 if stage else 8) / shares[2]
+    step = of.learned / ranks * (6 if half else 4) if stage else 0.0
+    step = min(step, 6.0 * LIVE_ELEMENTS) if stage == 3 else step
     host = 0.0
     if settings.offload != "none" and stage >= {"optimizer": 1, "all": 3}[settings.offload]:
-        host += ranks * (optimizer + 4 * learned / ranks)  # the gradients' share goes to the host as float32
+        host = ranks * optimizer + 4 * of.learned  # and gradients, as float32
         optimizer = step = 0.0
         if settings.offload == "all":
             host, weights = host + ranks * weights, 0.0
+    own_head = stage < 3 and not settings.lora_rank
     return Memory(
         stage,
         weights,
         gradients,
         optimizer,
-        gathered=min(total, LIVE_ELEMENTS) * item if stage == 3 else 0,
-        bucket=BUCKET_ELEMENTS * item if stage else 0,
-        logits=logits,
-        head_gradient=head,
-        activations=tokens * (shape.layers * layer + outer),
-        activations_checkpointed=tokens * (shape.layers * shape.hidden * item + layer + outer),
-        step=min(step, 6.0 * LIVE_ELEMENTS) if stage == 3 else step,
+        gathered=min(of.whole, LIVE_ELEMENTS) * of.item if stage == 3 else 0,
+        bucket=BUCKET_ELEMENTS * of.item if stage else 0,
+        logits=4 * shape.vocabulary * (of.kept + 3 * of.chunk),
+        head_gradient=shape.embedding * (6 if half else 4) if own_head else 0,
+        activations=of.tokens * (shape.layers * of.layer + of.outer),
+        activations_checkpointed=of.tokens * (shape.layers * shape.hidden * of.item + of.layer + of.outer),
+        step=step,
         host=host,
     )
+
+
+def memory_formulas(recipe: Recipe, shape: Shape) -> dict[str, str]:
+    """How each number of `learner_memory` comes about, in numbers; P are the weights that are learned."""
+    settings, of = recipe.learning, _factors(recipe, shape)
+    item, ranks, half = of.item, settings.ranks, of.item == 2
+    weights = f"{of.whole:,}" if settings.lora_rank else "P"
+    made = {
+        "weights": f"{item} x {weights}, in stage 3 / {ranks} ranks",
+        "gradients": f"{item} x P, from stage 2 / {ranks}",
+        "optimizer": f"8 x P, and 4 x P of masters from stage 1, both / {ranks}; in stage 0 whole and without masters",
+        "gathered": f"{item} x {min(of.whole, LIVE_ELEMENTS):,} weights, stage 3 alone",
+        "bucket": f"{item} x {BUCKET_ELEMENTS:,}, from stage 1",
+        "logits": f"4 x {shape.vocabulary:,} words x ({of.kept:,} kept + 3 x {of.chunk:,} at work)",
+        "head_gradient": f"{6 if half else 4} x {shape.vocabulary:,} x {shape.hidden:,}, stages 0 to 2",
+        "activations": f"{of.tokens:,} tokens x ({shape.layers} layers x {of.layer:,} + {of.outer:,} bytes)",
+        "activations_checkpointed": f"{of.tokens:,} x ({shape.layers} x {item} x {shape.hidden:,} + {of.layer:,} of the"
+        f" layer at work + {of.outer:,})",
+        "step": f"{6 if half else 4} x P / {ranks}, from stage 1",
+        "total": "weights to bucket + the larger of the step's and (activations + logits + output matrix)",
+    }
+    if settings.lora_rank:
+        made |= {"learned": f"P = {of.learned:,} weights of adapters", "head_gradient": "none: it is not learned"}
+    if settings.offload != "none":
+        made["host"] = f"(8 + 4 of masters + 4 of gradients) x P{' + the weights' if settings.offload == 'all' else ''}"
+    return made
 
 
 def advice(recipe: Recipe, shape: Shape, given: Given, made: Plan) -> Iterator[str]:
@@ -135,11 +191,14 @@ def advice(recipe: Recipe, shape: Shape, given: Given, made: Plan) -> Iterator[s
         yield f"learner: learning.ranks={settings.ranks} are more than {given.gpus} cards; set learning.ranks"
     if given.gpus is not None and given.gpus > generation.tensor_parallel:
         yield (
-            f"engine: `oapl run` starts one engine of {generation.tensor_parallel} cards; for all {given.gpus}, give "
+            f"engine: `oapl run` starts one engine, on {generation.tensor_parallel}; for all {given.gpus}, give "
             "each engine a share of the prompts with `oapl generate`, and join them with `oapl rollouts merge`"
         )
     if made.value("steps") > LONGEST_LAG:
-        yield f"a round of {made.value('steps'):,.0f} steps lags further than the {LONGEST_LAG} reported as stable"
+        yield (
+            f"a round of {made.value('steps'):,.0f} steps lags further than the {LONGEST_LAG} reported as stable; "
+            "--uniform-share says how many groups will be dropped from it"
+        )
     if not (given.tokens_per_second and given.train_tokens_per_second):
         yield (
             "hours need throughputs: give --tokens-per-second and --train-tokens-per-second, or make a round of few "

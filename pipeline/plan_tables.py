@@ -31,7 +31,7 @@ MEMORY_ROWS = (
     ("head_gradient", "gradient of the output matrix, float32"),
     ("activations", "activations"),
     ("activations_checkpointed", "activations, checkpointed"),
-    ("step", "float32 gradients of the step (in their place)"),
+    ("step", "the step's float32 gradients, later"),
     ("host", "host's memory, all ranks"),
 )
 
@@ -45,6 +45,7 @@ def show(plan: Plan, given: Given, compared: Sequence[Comparison], console: Cons
         console.print(_lines(plan, part, title))
         if part == "time":
             console.print(_memory(plan, given))
+            console.print(_formulas(plan))
     for line in plan.advice:
         console.print(f"- {line}", highlight=False, markup=False)
     if compared:
@@ -93,6 +94,19 @@ def _memory(plan: Plan, given: Given) -> Table:
     for checkpointing, name in ((False, "in all"), (True, "in all, checkpointed")):
         mark = " (recipe)" if checkpointing == plan.checkpointing else ""
         table.add_row(name + mark, *(_total(stage, checkpointing, given) for stage in plan.memory), style="bold")
+    return table
+
+
+def _formulas(plan: Plan) -> Table:
+    table = _table("Where it comes from")
+    table.add_column("")
+    table.add_column("", overflow="fold")
+    table.show_header = False
+    names = dict(MEMORY_ROWS) | {"total": "in all", "learned": "P"}
+    used = {key for key, _ in MEMORY_ROWS if any(getattr(stage, key) for stage in plan.memory)} | {"total", "learned"}
+    for key, how in plan.memory_formulas.items():
+        if key in used:
+            table.add_row(names[key], how)
     return table
 
 

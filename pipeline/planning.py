@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pipeline.errors import RequestError
-from pipeline.plan_fit import Memory, advice, learner_memory, pass_tokens, runs_as
+from pipeline.plan_fit import Memory, advice, learner_memory, memory_formulas, pass_tokens, runs_as
 from pipeline.recipe import Recipe
 from pipeline.shapes import GIB, ITEM, Shape, show_bytes
 
@@ -73,6 +73,7 @@ class Plan:
     lines: list[Line]
     memory: list[Memory]
     """Of stage 0, 1, 2 and 3, with the recipe's ranks and offload."""
+    memory_formulas: dict[str, str]
     stage: int
     """The stage that the recipe's learner runs as."""
     checkpointing: bool
@@ -92,6 +93,7 @@ class Plan:
             "model": {**asdict(self.shape), "parameters": self.shape.parameters},
             "lines": [asdict(line) for line in self.lines],
             "memory": memory,
+            "memory_formulas": self.memory_formulas,
             "stage": self.stage,
             "checkpointing": self.checkpointing,
             "advice": self.advice,
@@ -106,8 +108,9 @@ def plan(recipe: Recipe, shape: Shape, given: Given) -> Plan:
     lines += [*_time(recipe, given, values), *_engine(recipe, shape, given), *_disk(recipe, shape, given, values)]
     memory = [learner_memory(recipe, shape, stage) for stage in range(4)]
     settings = recipe.learning
-    checkpointing, longest = settings.activation_checkpointing, pass_tokens(recipe)
-    made = Plan(recipe.name, shape, lines, memory, runs_as(settings), checkpointing, longest, [])
+    formulas, longest = memory_formulas(recipe, shape), pass_tokens(recipe)
+    checkpointing = settings.activation_checkpointing
+    made = Plan(recipe.name, shape, lines, memory, formulas, runs_as(settings), checkpointing, longest, [])
     return replace(made, advice=list(advice(recipe, shape, given, made)))
 
 
@@ -123,6 +126,8 @@ def _refuse_nonsense(recipe: Recipe, given: Given) -> None:
     for name, value in named.items():
         if value is not None and not 0 < value < float("inf"):
             raise RequestError(f"{name} must be a number above 0, not {value:g}")
+    if not 0 <= given.uniform < 1:
+        raise RequestError(f"--uniform-share must be at least 0 and below 1, not {given.uniform:g}")
     if given.mean_tokens is not None and given.mean_tokens > recipe.generation.max_tokens:
         raise RequestError(
             f"--mean-tokens {given.mean_tokens:g} is more than generation.max_tokens {recipe.generation.max_tokens}"
@@ -132,6 +137,10 @@ def _refuse_nonsense(recipe: Recipe, given: Given) -> None:
 def _number(value: float) -> str:
     """For a formula: whole from a thousand on, else four digits."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'s' * (number != 1)}"
 
 
 def _model(shape: Shape) -> Iterator[Line]:
@@ -157,7 +166,7 @@ def _tokens(recipe: Recipe, given: Given) -> Iterator[Line]:
     sequences = completions * share
     steps = max(1, int(sequences * settings.epochs) // settings.batch_size)
     kept = f" x {share:.3g} with variance" if share < 1 else ""
-    how = f"{completions:,}{kept} x {settings.epochs} epochs / {settings.batch_size} sequences"
+    how = f"{completions:,}{kept} x {_count(settings.epochs, 'epoch')} / {settings.batch_size} sequences"
     yield Line("tokens", "steps", "optimizer steps a round", steps, how)
     learned = min(steps * settings.batch_size, sequences * settings.epochs)
     how = f"{steps:,} steps x {settings.batch_size} x {_number(mean)}"
@@ -167,7 +176,7 @@ def _tokens(recipe: Recipe, given: Given) -> Iterator[Line]:
     how = f"{prompts} prompts x {told.samples} samples x {_number(length)}{bound}"
     evaluated = prompts * told.samples * length
     yield Line("tokens", "evaluation_tokens", "tokens of an evaluation", evaluated, how)
-    how = f"{recipe.rounds} rounds + {recipe.rounds + 1} evaluations, the start's among them"
+    how = f"{_count(recipe.rounds, 'round')} + {recipe.rounds + 1} evaluations, the start's among them"
     in_all = recipe.rounds * tokens + (recipe.rounds + 1) * evaluated
     yield Line("tokens", "run_tokens", "tokens generated in the run", in_all, how)
 
@@ -180,7 +189,9 @@ def _time(recipe: Recipe, given: Given, values: dict[str, float]) -> Iterator[Li
         count = cards.get(stage, recipe.generation.tensor_parallel)
         if count:
             name = f"{stage}, card hours"
-            yield Line("time", f"{stage}_gpu_hours", name, hours * count, f"{how} / 3,600 x {count} cards", "hours")
+            yield Line(
+                "time", f"{stage}_gpu_hours", name, hours * count, f"{how} / 3,600 x {_count(count, 'card')}", "hours"
+            )
         else:
             yield Line("time", f"{stage}_hours", f"{stage}, hours without a card", hours, f"{how} / 3,600", "hours")
     if {"generation", "evaluation", "learning"} <= stages.keys():
@@ -214,11 +225,11 @@ def _sums(recipe: Recipe, given: Given, hours: dict[str, float]) -> Iterator[Lin
     learned, rounds = hours["learning"] * ranks, recipe.rounds
     in_all = rounds * (made + evaluated + learned) + evaluated
     terms = " + ".join(map(_number, (made, evaluated, learned)))
-    how = f"{rounds} rounds x ({terms}) + {_number(evaluated)} for the start's evaluation"
+    how = f"{_count(rounds, 'round')} x ({terms}) + {_number(evaluated)} for the start's evaluation"
     yield Line("time", "run_gpu_hours", "card hours of the run", in_all, how, "hours")
     engines, judging = max(1, (given.gpus or ranks) // parallel), hours.get("verification", 0.0)
     clock = (hours["generation"] + hours["evaluation"]) / engines + judging + hours["learning"]
-    how = f"({_number(hours['generation'])} + {_number(hours['evaluation'])}) / {engines} engines at work"
+    how = f"({_number(hours['generation'])} + {_number(hours['evaluation'])}) / {_count(engines, 'engine')}"
     how += f" + {_number(judging)} verification + {_number(hours['learning'])} learning"
     yield Line("time", "round_hours", "a round by the clock", clock, how, "hours")
 
@@ -282,6 +293,7 @@ def _disk(recipe: Recipe, shape: Shape, given: Given, values: dict[str, float]) 
         yield Line("disk", "checkpoint_bytes", "checkpoints, while learning", checkpoints, how, "bytes")
     shared = 2 * (rollouts + verdicts)
     in_all = rounds * (shared + reference + snapshot) + snapshot + kept * state + checkpoints
-    how = f"{rounds} rounds x (2 x (rollouts + verdicts), once to share,{' reference,' if reference else ''} snapshot)"
+    parts = f"2 x (rollouts + verdicts), once to share,{' reference,' if reference else ''} snapshot"
+    how = f"{_count(rounds, 'round')} x ({parts})"
     how += f" + the start{f' + {kept} states' if kept else ''}{' + checkpoints' if checkpoints else ''}"
     yield Line("disk", "run_bytes", "the run at most", in_all, how, "bytes")
