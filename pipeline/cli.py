@@ -253,7 +253,7 @@ def plan(
         "gpus": gpus,
         "gpu_memory": gpu_memory,
     }
-    known = given_by(facts, str(run.path)) if facts else Given()
+    known = given_by(facts, str(run.path), settings) if facts else Given()
     given = replace(known, **{name: value for name, value in told.items() if value is not None})
     made = make(settings, shape_of(settings, model_config), given)
     compared = compare(run, facts) if facts else []
@@ -279,9 +279,7 @@ def import_prompts(
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Prompt file to write, .parquet.")],
-    kind: Annotated[
-        str, typer.Option("--kind", help="math, deepcoder, livecodebench, apps, taco, humaneval or mbpp.")
-    ],
+    kind: Annotated[str, typer.Option("--kind", help="math, deepcoder, livecodebench, apps, taco, humaneval or mbpp.")],
     heldout: Annotated[bool, typer.Option("--heldout", help="Mark the prompts as held out.")] = False,
     skip: Annotated[bool, typer.Option("--skip", help="Leave out records that can't be used.")] = False,
 ) -> None:

@@ -125,8 +125,9 @@ def _size(folder: Path) -> int | None:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def given_by(facts: list[Facts], source: str) -> Given:
-    """Lengths, shares, throughputs and bytes of all rounds together."""
+def given_by(facts: list[Facts], source: str, recipe: Recipe | None = None) -> Given:
+    """Lengths, shares, throughputs and bytes of all rounds together; says so where `recipe` is of another policy."""
+    other = ", of another policy" if recipe is not None and recipe.policy != facts[-1].recipe.policy else ""
     rows, tokens = sum(f.rows for f in facts), sum(f.tokens for f in facts)
     evaluated, evaluated_tokens = sum(f.evaluated for f in facts), sum(f.evaluated * f.evaluation_mean for f in facts)
     seconds = {stage: sum(f.seconds[stage] for f in facts) for stage in STAGES}
@@ -142,7 +143,7 @@ def given_by(facts: list[Facts], source: str) -> Given:
         verdicts_per_second=_rate(rows, seconds["verify"]),
         start_seconds=max(0.0, seconds["learn"] - stepping) / len(facts),
         bytes_per_token=(sum(f.rollout_bytes for f in facts) - rows * BYTES_PER_ROLLOUT) / tokens,
-        source=f"{source}, {len(facts)} round{'s' * (len(facts) > 1)}",
+        source=f"{source}, {len(facts)} round{'s' * (len(facts) > 1)}{other}",
     )
 
 

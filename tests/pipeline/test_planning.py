@@ -389,6 +389,8 @@ def test_a_run_gives_lengths_and_throughputs_and_what_is_given_by_hand_comes_fir
     assert values["generation_gpu_hours"] == pytest.approx(6 / 3600)
     shown = oapl("plan", str(run.recipe), "--measured", run.path).stdout
     assert "Plan against fact" in shown
+    shown = oapl("plan", "tiny", "--measured", run.path, env={"COLUMNS": "200"}).stdout
+    assert "runs/measured, 1 round, of another policy" in shown
 
 
 def test_an_unfinished_run_measures_nothing(tmp_path: Path, oapl: Oapl) -> None:
