@@ -43,6 +43,9 @@ class Memory:
     """Of the output matrix, summed in float32 in one pass."""
     activations: float
     activations_checkpointed: float
+    """What layers are computed from again."""
+    layer: float
+    """Checkpointed: activations of the layer at work, when logits are gone."""
     step: float
     """Gradients once more in float32, while the optimizer steps and activations are gone."""
     host: float
@@ -50,8 +53,10 @@ class Memory:
 
     def total(self, checkpointing: bool) -> float:
         held = self.weights + self.gradients + self.optimizer + self.gathered + self.bucket
-        kept = self.activations_checkpointed if checkpointing else self.activations
-        return held + max(kept + self.logits + self.head_gradient, self.step)
+        head = self.logits + self.head_gradient
+        if checkpointing:
+            return held + max(self.activations_checkpointed + max(self.layer, head), self.step)
+        return held + max(self.activations + head, self.step)
 
 
 def runs_as(settings: Learning) -> int:
@@ -130,10 +135,11 @@ def learner_memory(recipe: Recipe, shape: Shape, stage: int) -> Memory:
         optimizer,
         gathered=min(of.whole, LIVE_ELEMENTS) * of.item if stage == 3 else 0,
         bucket=BUCKET_ELEMENTS * of.item if stage else 0,
-        logits=4 * shape.vocabulary * (of.kept + 3 * of.chunk),
+        logits=4 * shape.vocabulary * (of.kept + 2 * of.chunk),
         head_gradient=shape.embedding * (6 if half else 4) if own_head else 0,
         activations=of.tokens * (shape.layers * of.layer + of.outer),
-        activations_checkpointed=of.tokens * (shape.layers * shape.hidden * of.item + of.layer + of.outer),
+        activations_checkpointed=of.tokens * (shape.layers * shape.hidden * of.item + of.outer),
+        layer=of.tokens * of.layer,
         step=step,
         host=host,
     )
@@ -150,13 +156,14 @@ def memory_formulas(recipe: Recipe, shape: Shape) -> dict[str, str]:
         "optimizer": f"8 x P, and 4 x P of masters from stage 1, both / {ranks}; in stage 0 whole and without masters",
         "gathered": f"{item} x {min(of.whole, LIVE_ELEMENTS):,} weights, stage 3 alone",
         "bucket": f"{item} x {BUCKET_ELEMENTS:,}, from stage 1",
-        "logits": f"4 x {shape.vocabulary:,} words x ({of.kept:,} kept + 3 x {of.chunk:,} at work)",
+        "logits": f"4 x {shape.vocabulary:,} words x ({of.kept:,} kept + 2 x {of.chunk:,} at work)",
         "head_gradient": f"{6 if half else 4} x {shape.vocabulary:,} x {shape.hidden:,}, stages 0 to 2",
         "activations": f"{of.tokens:,} tokens x ({shape.layers} layers x {of.layer:,} + {of.outer:,} bytes)",
-        "activations_checkpointed": f"{of.tokens:,} x ({shape.layers} x {item} x {shape.hidden:,} + {of.layer:,} of the"
-        f" layer at work + {of.outer:,})",
+        "activations_checkpointed": f"{of.tokens:,} x ({shape.layers} x {item} x {shape.hidden:,} + {of.outer:,})",
+        "layer": f"{of.tokens:,} x {of.layer:,}",
         "step": f"{6 if half else 4} x P / {ranks}, from stage 1",
-        "total": "weights to bucket + the larger of the step's and (activations + logits + output matrix)",
+        "total": "weights to bucket + the largest of: the step's; activations + logits + output matrix",
+        "total_checkpointed": "the same, or: checkpointed activations + the layer at work",
     }
     if settings.lora_rank:
         made |= {"learned": f"P = {of.learned:,} weights of adapters", "head_gradient": "none: it is not learned"}

@@ -31,6 +31,7 @@ MEMORY_ROWS = (
     ("head_gradient", "gradient of the output matrix, float32"),
     ("activations", "activations"),
     ("activations_checkpointed", "activations, checkpointed"),
+    ("layer", "checkpointed: of the layer at work"),
     ("step", "the step's float32 gradients, later"),
     ("host", "host's memory, all ranks"),
 )
@@ -102,8 +103,12 @@ def _formulas(plan: Plan) -> Table:
     table.add_column("")
     table.add_column("", overflow="fold")
     table.show_header = False
-    names = dict(MEMORY_ROWS) | {"total": "in all", "learned": "P"}
-    used = {key for key, _ in MEMORY_ROWS if any(getattr(stage, key) for stage in plan.memory)} | {"total", "learned"}
+    names = dict(MEMORY_ROWS) | {"total": "in all", "total_checkpointed": "in all, checkpointed", "learned": "P"}
+    used = {key for key, _ in MEMORY_ROWS if any(getattr(stage, key) for stage in plan.memory)} | {
+        "total",
+        "total_checkpointed",
+        "learned",
+    }
     for key, how in plan.memory_formulas.items():
         if key in used:
             table.add_row(names[key], how)
