@@ -22,6 +22,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--recipe", required=True)
     parser.add_argument("--rollouts", type=Path, required=True)
     parser.add_argument("--policy", type=Path, required=True)
+    parser.add_argument("--behaviour-policy", type=Path, default=None)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--round", type=int, default=None)
     parser.add_argument("--log", type=Path, default=None)
@@ -40,6 +41,8 @@ def main() -> None:
         ranks = load_recipe(arguments.recipe).learning.ranks
         # What is missing is said before seconds are spent on imports and ranks.
         snapshots.load_record(arguments.policy)
+        if arguments.behaviour_policy is not None:
+            snapshots.load_record(arguments.behaviour_policy)
         locate(arguments.rollouts, arguments.round)
         if "RANK" in os.environ or ranks == 1:
             _be_a_rank(arguments)
@@ -88,13 +91,19 @@ def _be_a_rank(arguments: argparse.Namespace) -> None:
     number = data.round if data.round is not None else read_manifest(data.rollouts).provenance.round
     run = Run(data.root.parent.parent, data.root.name)
     log = arguments.log or (run.learning_log(number) if run.recipe.exists() else arguments.out / "learning.jsonl")
-    summary = learn(Round(recipe, data, arguments.policy, arguments.out, log, number))
+    behaviour = arguments.behaviour_policy
+    summary = learn(Round(recipe, data, arguments.policy, arguments.out, log, number, behaviour))
     if int(os.environ["RANK"]) == 0:
         print(  # noqa: T201
             f"{arguments.out / summary['snapshot_id']}: {summary['steps']} steps, {summary['sequences']:,} sequences, "
             f"log-probability gap {summary['logprob_gap']['mean']:+.5f} nats a token, {summary['seconds']:.1f} s"
         )
     torch.distributed.destroy_process_group()
+    # All is on disk. Taking libraries down in order gains nothing, and their threads (gloo's, Arrow's) now and then
+    # lose the race against it, which ends the rank with SIGABRT and fails a round that is published.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _free_port() -> str:

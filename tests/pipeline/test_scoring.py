@@ -32,8 +32,9 @@ def provenance() -> Provenance:
     )  # fmt: skip
 
 
-def make_round(root: Path, prompts: int = 20) -> tuple[Path, Path, dict[str, str]]:
-    """A round of math and code; returns (rollouts, prompts, the status each rollout must get)."""
+def make_round(root: Path, prompts: int = 20, pause_s: float = 0) -> tuple[Path, Path, dict[str, str]]:
+    """A round of math and code, whose programs take `pause_s`; returns (rollouts, prompts, each rollout's status)."""
+    pause = f"import time\ntime.sleep({pause_s})\n" if pause_s else ""
     expected, made = {}, []
     with RolloutWriter(root / "rollouts", provenance(), samples=SAMPLES, shard_rows=16) as writer:
         for number in range(prompts):
@@ -47,7 +48,8 @@ def make_round(root: Path, prompts: int = 20) -> tuple[Path, Path, dict[str, str
             group = []
             for sample in range(SAMPLES):
                 added = number + sample % 2
-                text = rf"\boxed{{\frac{{{added}}}{{7}}}}" if number % 2 else f"```\nprint(int(input()) + {added})\n```"
+                program = f"```\n{pause}print(int(input()) + {added})\n```"
+                text = rf"\boxed{{\frac{{{added}}}{{7}}}}" if number % 2 else program
                 text = "I can't." if sample == 3 and number % 2 else text
                 rollout_id = f"{number:08x}{sample:08x}"
                 expected[rollout_id] = "no_answer" if text == "I can't." else ("wrong" if sample % 2 else "correct")
@@ -120,7 +122,7 @@ def test_a_new_version_writes_beside_the_old_and_reports_what_flipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The new code verifier is stricter: it has a time limit that nothing meets."""
-    rollouts, prompts, _ = make_round(tmp_path)
+    rollouts, prompts, _ = make_round(tmp_path, prompts=4, pause_s=0.3)
     scoring.score(rollouts, prompts, tmp_path / "v", SETTINGS)
     before = {path.name: path.read_bytes() for path in (tmp_path / "v").glob("*.parquet")}
     old = VERIFIERS["code"].version()
@@ -130,12 +132,13 @@ def test_a_new_version_writes_beside_the_old_and_reports_what_flipped(
         summary = scoring.score(rollouts, prompts, tmp_path / "v", SETTINGS.model_copy(update={"code_timeout_s": 1e-6}))
         [flips] = summary.flips
         assert (flips.verifier, flips.old_version, flips.new_version) == ("code", old, "2+stricter")
-        assert (flips.compared, flips.flipped) == (40, 40)
+        assert (flips.compared, flips.flipped) == (8, 8)
         assert flips.examples[0]["old"] == "correct"
         assert flips.examples[0]["new"] == "timeout"
         # Canaries flip with it, and so many timeouts are a problem of their own.
-        assert [line for line in summary.problems() if "canary-code-stdin: timeout instead of correct" in line]
-        assert [line for line in summary.problems() if "neither right nor wrong: 40 timeout" in line]
+        # Which of the canaries, that take next to no time, is a matter of luck.
+        assert [line for line in summary.problems() if "canary-code" in line and "timeout instead of correct" in line]
+        assert [line for line in summary.problems() if "neither right nor wrong: 8 timeout" in line]
     finally:
         scoring.find_verifier.cache_clear()
     assert {name: (tmp_path / "v" / name).read_bytes() for name in before if name.startswith("code")} == {
