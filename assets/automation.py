@@ -15,6 +15,7 @@ from assets.jobs import TAGS, whole_round
 from assets.rounds import CHOSEN, RUN_NAME, open_rounds, rounds
 from pipeline import snapshots
 from pipeline.layout import Run, round_key
+from pipeline.report import read_stages
 
 CRON = os.environ.get("OAPL_CRON") or "0 2 * * *"
 TIME_ZONE = os.environ.get("OAPL_TIME_ZONE") or "UTC"
@@ -36,14 +37,20 @@ def newest_round(run: Run) -> int:
     return begun[-1] if begun else -1
 
 
-def why_not(instance: dg.DagsterInstance, run: Run) -> str | None:
-    """Why the next round must not be opened now; null where it may be."""
-    working = instance.get_runs(dg.RunsFilter(tags=TAGS, statuses=UNFINISHED), limit=1)
-    if working:
-        return f"run {working[0].run_id[:8]} is working on round {working[0].tags.get(PARTITION, '?')}"
+def why_not(instance: dg.DagsterInstance, run: Run, lag: int) -> str | None:
+    """Why the next round must not be opened now; null where it may be.
+
+    With `lag` it may be while the round before is still learned, once that one's rollouts are judged.
+    """
+    working = instance.get_runs(dg.RunsFilter(tags=TAGS, statuses=UNFINISHED))
     last = newest_round(run)
-    if last >= 0 and snapshots.newest(run, last) is None:
-        return f"nothing is new since round {last} was opened: it has not published its policy; finish it first"
+    for found in working:
+        round = found.tags.get(PARTITION, "?")
+        if not lag or len(working) > 1 or round != round_key(last) or "verify" not in read_stages(run, last):
+            return f"run {found.run_id[:8]} is working on round {round}"
+    needed = last - lag if working else last
+    if needed >= 0 and snapshots.newest(run, needed) is None:
+        return f"nothing is new since round {last} was opened: round {needed} has not published its policy"
     return None
 
 
@@ -59,14 +66,17 @@ def _request(instance: dg.DagsterInstance, run: Run) -> dg.RunRequest:
 
 @dg.sensor(job=whole_round, minimum_interval_seconds=15, default_status=dg.DefaultSensorStatus.STOPPED)
 def next_round(context: dg.SensorEvaluationContext) -> dg.RunRequest | dg.SkipReason:
-    """Opens round k+1 when round k has published its policy, until the run has the recipe's number of rounds."""
+    """Opens round k+1 when round k has published its policy, until the run has the recipe's number of rounds.
+
+    Where the recipe has `lag_rounds`, it is opened as soon as round k is judged and learning begins.
+    """
     run, recipe = CHOSEN.open()
     number = newest_round(run) + 1
     if number == 0:
         return dg.SkipReason("no round was begun; launch round 0000")
     if number >= recipe.rounds:
         return dg.SkipReason(f"all {recipe.rounds} rounds of the recipe are made")
-    reason = why_not(context.instance, run)
+    reason = why_not(context.instance, run, recipe.lag_rounds)
     return dg.SkipReason(reason) if reason else _request(context.instance, run)
 
 
@@ -78,8 +88,8 @@ def next_round(context: dg.SensorEvaluationContext) -> dg.RunRequest | dg.SkipRe
 )
 def nightly_retraining(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
     """Opens the next round, whatever their number; skips while one is being made, or where nothing is new."""
-    run, _ = CHOSEN.open()
-    reason = why_not(context.instance, run)
+    run, recipe = CHOSEN.open()
+    reason = why_not(context.instance, run, recipe.lag_rounds)
     return dg.SkipReason(reason) if reason else _request(context.instance, run)
 
 

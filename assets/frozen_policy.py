@@ -14,14 +14,16 @@ from pipeline.report import START
 def frozen_policy(context: dg.AssetExecutionContext, run_folder: RunFolder) -> Made:
     """The snapshot that the round is generated with: the head of a round.
 
-    **Grain:** one snapshot a round. **Source:** the newest `trained_policy` of the round before, found when this is
-    materialised, since a policy that depends on rollouts that depend on the policy would be a circle; in round 0 the
-    run's start, which is made or imported here. Once settled it stays, so that a round can be gone on with.
+    **Grain:** one snapshot a round. **Source:** the newest `trained_policy` of the round before, or of `lag_rounds`
+    rounds earlier where the recipe lets generation run ahead of learning; at first the run's start, which is made or
+    imported here. It is found when this is materialised, since a policy that depends on rollouts that depend on the
+    policy would be a circle. Once settled it stays, so that a round can be gone on with.
     """
     with step(context, run_folder) as work:
-        if work.round == 0 and snapshots.newest(work.run, None) is None:
+        lag = work.recipe.lag_rounds
+        if work.round <= lag and snapshots.newest(work.run, None) is None:
             _make_start(work)
-        snapshot = snapshots.frozen_for(work.run, work.round)
+        snapshot = snapshots.frozen_for(work.run, work.round, lag)
         before = context.asset_key_for_output() if snapshot.round is None else asset_key("trained_policy")
         return dg.MaterializeResult(
             metadata={

@@ -11,6 +11,11 @@ import yaml
 from pipeline.layout import dagster_home
 
 ENGINE_POOL, LEARNER_POOL = "engine", "learner"
+"""Steps that hold the same device wait for one another; OAPL_ONE_DEVICE=1 says that there is only one."""
+if os.environ.get("OAPL_ONE_DEVICE") == "1":
+    ENGINE_POOL = LEARNER_POOL = "device"
+IN_ORDER, TWO_AT_ONCE = "oapl/in_order", "oapl/two_at_once"
+"""Tags of Dagster's runs, with the name of our run as value, that the queue counts."""
 
 
 def instance_config(storage: str) -> dict[str, Any]:
@@ -35,7 +40,8 @@ def instance_config(storage: str) -> dict[str, Any]:
             "runs": {
                 "max_concurrent_runs": 4,
                 "tag_concurrency_limits": [
-                    {"key": "oapl/run", "value": {"applyLimitPerUniqueValue": True}, "limit": 1},
+                    {"key": key, "value": {"applyLimitPerUniqueValue": True}, "limit": limit}
+                    for key, limit in ((IN_ORDER, 1), (TWO_AT_ONCE, 2))
                 ],
             },
         },

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import dagster as dg
 
-from assets.rounds import RUN_NAME, asset_key
+from assets.instance import IN_ORDER, TWO_AT_ONCE
+from assets.rounds import RECIPE, RUN_NAME, asset_key
 
 TAGS = {"oapl/run": RUN_NAME}
+LIMITED = TAGS | {TWO_AT_ONCE if RECIPE.lag_rounds else IN_ORDER: RUN_NAME}
+"""A round that lags is generated while the one before is learned; any other waits for it."""
 
 
 def _job(name: str, assets: list[str], description: str) -> dg.UnresolvedAssetJobDefinition:
@@ -19,7 +22,7 @@ def _job(name: str, assets: list[str], description: str) -> dg.UnresolvedAssetJo
         selection=dg.AssetSelection.assets(*(asset_key(asset) for asset in assets)),
         description=description,
         executor_def=dg.in_process_executor,
-        tags=TAGS,
+        tags=LIMITED,
     )
 
 

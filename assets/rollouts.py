@@ -56,10 +56,13 @@ def _whole(work: Step) -> bool:
     return told == _settings(work)
 
 
+def _policy(work: Step) -> snapshots.Snapshot:
+    return snapshots.frozen_for(work.run, work.round, work.recipe.lag_rounds)
+
+
 def _settings(work: Step) -> dict[str, object]:
-    policy = snapshots.frozen_for(work.run, work.round)
     return {
-        "snapshot": policy.snapshot_id,
+        "snapshot": _policy(work).snapshot_id,
         "prompts": work.recipe.prompts.per_round,
         "seed": work.recipe.seed,
         **work.recipe.generation.model_dump(mode="json"),
@@ -67,9 +70,9 @@ def _settings(work: Step) -> dict[str, object]:
 
 
 def _generate(work: Step) -> None:
-    policy = snapshots.frozen_for(work.run, work.round)
+    policy = work.run.snapshot(_policy(work).snapshot_id)
     with work.timed(STAGE, settings=_settings(work)):
-        words: list[object] = ["--recipe", work.recipe_file(STAGE), "--policy", work.run.snapshot(policy.snapshot_id)]
+        words: list[object] = ["--recipe", work.recipe_file(STAGE), "--policy", policy]
         words += ["--prompts", work.run.round_prompts(work.round)]
         words += ["--out", work.run.rollouts(work.round), "--round", work.round]
         work.start(STAGE, "pipeline.cli generate", words)

@@ -32,7 +32,8 @@ def trained_policy(context: dg.AssetExecutionContext, run_folder: RunFolder, con
     """The next snapshot: the policy after learning from the round's rollouts with the OAPL loss, by DeepSpeed.
 
     **Grain:** one snapshot a round, immutable, each file hashed. **Source:** `rollouts` and `verdicts` of the round,
-    read as Parquet, and the policy published before. Materialising it again under other settings publishes another
+    read as Parquet, and the policy published before, which is not the frozen one where the recipe's `lag_rounds` lets
+    generation run ahead. Materialising it again under other settings publishes another
     snapshot; a round that goes on from here takes the newest.
     """
     with step(context, run_folder, config) as work:
@@ -58,7 +59,14 @@ def _inputs(work: Step) -> dict[str, Any]:
 
 
 def _parent(work: Step) -> snapshots.Snapshot:
-    return snapshots.frozen_for(work.run, work.round)
+    """What is learned from: what wrote the rollouts, or, where the recipe lets that lag, what the round before made."""
+    if work.recipe.lag_rounds:
+        return snapshots.published_before(work.run, work.round)
+    return _behaviour(work)
+
+
+def _behaviour(work: Step) -> snapshots.Snapshot:
+    return snapshots.frozen_for(work.run, work.round, work.recipe.lag_rounds)
 
 
 def _learned(work: Step) -> bool:
@@ -70,6 +78,7 @@ def _learn(work: Step) -> None:
     with work.timed(STAGE, inputs=_inputs(work)):
         words: list[object] = ["--recipe", work.recipe_file(STAGE), "--rollouts", work.run.path, "--round", work.round]
         words += ["--policy", work.run.snapshot(_parent(work).snapshot_id), "--out", work.run.snapshots]
+        words += ["--behaviour-policy", work.run.snapshot(_behaviour(work).snapshot_id)]
         work.start(STAGE, "pipeline.cli train", words)
 
 

@@ -161,20 +161,31 @@ def newest(run: Run, round: int | None) -> Snapshot | None:
     return max(fitting, key=lambda pair: pair[0])[1] if fitting else None
 
 
-def frozen_for(run: Run, round: int) -> Snapshot:
+def published_before(run: Run, round: int) -> Snapshot:
+    """What the round learns from there on: the newest that the round before published; the start for round 0 and less.
+
+    Raises RequestError where there is none.
+    """
+    before = round - 1 if round > 0 else None
+    snapshot = newest(run, before)
+    if snapshot is None:
+        missing = "the run has no start" if before is None else f"round {before} has published no snapshot"
+        raise RequestError(f"run {run.name}: {missing}; materialise that first")
+    return snapshot
+
+
+def frozen_for(run: Run, round: int, lag: int) -> Snapshot:
     """The snapshot that the round is generated with, settled once and recorded.
 
-    It is the newest that the round before published; the start for round 0.
+    Without `lag` it is the one before; else what was published that many rounds earlier.
     """
     record = run.frozen(round)
     if record.exists():
         return load_record(run.snapshot(json.loads(record.read_text(encoding="utf-8"))["snapshot_id"]))
-    snapshot = newest(run, round - 1 if round else None)
-    if snapshot is None:
-        before = f"round {round - 1} has published no snapshot" if round else "the run has no start"
-        raise RequestError(
-            f"run {run.name}: round {round} has no policy to freeze, since {before}; materialise that first"
-        )
+    try:
+        snapshot = published_before(run, round - lag)
+    except RequestError as error:
+        raise RequestError(f"round {round} has no policy to freeze: {error}") from None
     record.parent.mkdir(parents=True, exist_ok=True)
     write_durably(record, (json.dumps({"snapshot_id": snapshot.snapshot_id}) + "\n").encode())
     return snapshot

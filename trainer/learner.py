@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import time
@@ -38,10 +39,13 @@ class Round:
     recipe: Recipe
     data: Located
     policy: Path
+    """What learning goes on from."""
     out: Path
     log: Path
     """JSON lines, one an optimizer step; the summary goes beside it as .json."""
     number: int
+    behaviour: Path | None = None
+    """The snapshot that wrote the newest data, where it is not `policy`, which learned further meanwhile."""
 
     @property
     def run(self) -> Run | None:
@@ -74,8 +78,7 @@ def learn(work: Round) -> dict[str, Any]:
     parent = snapshots.load_record(work.policy)
     view = View([work.data, *_replayed(work)], settings)
     _refuse_foreign_tokens(parent, view, work)
-    engine = engines.start(work.recipe, work.policy, _temperature(view, work.recipe.generation.temperature))
-    learner = _Learner(work, view, engine, parent)
+    learner = _Learner(work, view, parent)
     learner.prepare()
     learner.run()
     snapshot = learner.publish()
@@ -156,12 +159,17 @@ def _temperature(view: View, fallback: float) -> float:
 
 
 class _Learner:
-    def __init__(self, work: Round, view: View, engine: Any, parent: snapshots.Snapshot) -> None:
-        self.work, self.view, self.engine, self.parent = work, view, engine, parent
+    engine: Any
+
+    def __init__(self, work: Round, view: View, parent: snapshots.Snapshot) -> None:
+        self.work, self.view, self.parent = work, view, parent
+        self.behaviour = snapshots.load_record(work.behaviour) if work.behaviour else parent
+        """The snapshot that engine and trainer are compared on, and that is recomputed."""
+        self._start(work.behaviour or work.policy)
         self.settings = work.recipe.learning
         self.loss_settings = Settings(**{name: getattr(self.settings, name) for name in Settings.__slots__})
         self.names = (*SUMS, *EXTRA[self.settings.loss])
-        self.device = engine.device
+        self.device = self.engine.device
         self.ranks = dist.get_world_size()
         self.pad = load_tokenizer(work.policy).pad_token_id or 0
         self.attention = self.settings.attention if self.settings.packing else None
@@ -170,13 +178,22 @@ class _Learner:
         self.resumed_at: int | None = None
         self.facts: dict[str, Any] = {}
         """What was found before the first step; goes into the summary."""
-        self.work_of = insight.Work(engine.module.model)
-        vocabulary = engine.module.model.config.vocab_size
+        self.work_of = insight.Work(self.engine.module.model)
+        vocabulary = self.engine.module.model.config.vocab_size
         if view.largest_token >= vocabulary:
             raise RequestError(
                 f"{work.data.root}: has token {view.largest_token}, and {work.policy} knows {vocabulary} tokens; "
                 "train the policy that made the data, or one with its tokenizer"
             )
+
+    def _start(self, policy: Path) -> None:
+        """Takes up a policy, and lets go of the one before: two at once would not fit where one hardly does."""
+        if hasattr(self, "engine"):
+            self.engine.destroy()
+            del self.engine
+            gc.collect()
+        temperature = _temperature(self.view, self.work.recipe.generation.temperature)
+        self.engine = engines.start(self.work.recipe, policy, temperature)
 
     # Each rank computes the same plan from the same index, so nothing needs to be sent.
     def _plan(self, rows: Sequence[int]) -> list[list[int]]:
@@ -204,6 +221,7 @@ class _Learner:
             "rows": len(self.view),
             "advantages": float(self.view.advantage.astype("float64").sum()),
             "policy": self.parent.sha256,
+            "behaviour": self.behaviour.sha256,
             "round": self.work.number,
             "seed": self.work.recipe.seed,
             "ranks": self.ranks,
@@ -212,13 +230,23 @@ class _Learner:
 
     def prepare(self) -> None:
         """What comes before the first step, or, where a checkpoint of this very round is there, instead of it."""
+        lagging = self.behaviour.sha256 != self.parent.sha256
+        if lagging:
+            self._compare()
+            self._start(self.work.policy)
         state = checkpoints.load(self.engine, self.work.checkpoints, self._identity(), self.settings)
         if state is not None:
             self.steps, self.tokens, self.facts = state["steps"], state["tokens"], state["facts"]
             self.resumed_at = self.parent.step + self.steps
-            self._attach_references(compute=False)
+            if not lagging:
+                self._attach_references(compute=False)
             return
         engines.load_moments(self.engine, self.work.out, self.parent.snapshot_id, self.settings)
+        if not lagging:
+            self._compare()
+
+    def _compare(self) -> None:
+        """Holds the behaviour policy against what the engine said, and recomputes it where the recipe asks for that."""
         self.engine.eval()
         with torch.no_grad():
             if self.attention is not None:
@@ -234,7 +262,7 @@ class _Learner:
         for place, manifest in enumerate(self.view.manifests):
             folder = self.work.reference(self.view.places[place], manifest)
             made_by = manifest.provenance.snapshot_sha256
-            policy = made_by if made_by not in ("", UNKNOWN) else self.parent.sha256
+            policy = made_by if made_by not in ("", UNKNOWN) else self.behaviour.sha256
             identity = {
                 "dataset": manifest.digest,
                 "policy": policy,
@@ -243,11 +271,11 @@ class _Learner:
             }
             found = reference.find(folder, identity)
             if found is None:
-                if policy != self.parent.sha256 or not compute:
+                if policy != self.behaviour.sha256 or not compute:
                     raise RequestError(
                         f"{self.view.places[place].root}: written by snapshot {manifest.provenance.snapshot_id}, and "
-                        f"{self.work.policy} can't recompute what that one sampled; train that snapshot, or set "
-                        "learning.behaviour=engine"
+                        f"{self.work.behaviour or self.work.policy} can't recompute what that one sampled; name that "
+                        "snapshot as the behaviour policy, or set learning.behaviour=engine"
                     )
                 blocks = [block for block in self.view.blocks if block.place == place]
                 found = reference.recompute(

@@ -68,17 +68,29 @@ def test_folders_without_a_policy_are_refused(tmp_path: Path) -> None:
 def test_a_round_keeps_the_snapshot_it_was_frozen_with(tmp_path: Path) -> None:
     run = Run(tmp_path, "r")
     with pytest.raises(RequestError, match="no start"):
-        snapshots.frozen_for(run, 0)
+        snapshots.frozen_for(run, 0, 0)
     start = _publish(run.snapshots)
-    assert snapshots.frozen_for(run, 0) == start
+    assert snapshots.frozen_for(run, 0, 0) == start
     with pytest.raises(RequestError, match="round 0 has published no snapshot"):
-        snapshots.frozen_for(run, 1)
+        snapshots.frozen_for(run, 1, 0)
     first = _publish(run.snapshots, text='{"a": 1}', parent=start.snapshot_id, round=0, step=10)
-    assert snapshots.frozen_for(run, 1) == first
+    assert snapshots.frozen_for(run, 1, 0) == first
     # Training round 0 again publishes another; round 1 has begun with the first and stays with it.
     second = _publish(run.snapshots, text='{"a": 2}', parent=start.snapshot_id, round=0, step=10)
-    assert snapshots.frozen_for(run, 1) == first
+    assert snapshots.frozen_for(run, 1, 0) == first
     assert snapshots.newest(run, 0) == second
+
+
+def test_a_lagging_round_takes_an_older_snapshot(tmp_path: Path) -> None:
+    run = Run(tmp_path, "r")
+    start = _publish(run.snapshots)
+    assert snapshots.frozen_for(run, 1, 1) == snapshots.frozen_for(run, 0, 1) == start
+    with pytest.raises(RequestError, match="round 2 has no policy to freeze: run r: round 0 has published no snapshot"):
+        snapshots.frozen_for(run, 2, 1)
+    first = _publish(run.snapshots, text='{"a": 1}', parent=start.snapshot_id, round=0, step=10)
+    second = _publish(run.snapshots, text='{"a": 2}', parent=first.snapshot_id, round=1, step=20)
+    assert snapshots.frozen_for(run, 2, 1) == first
+    assert snapshots.published_before(run, 2) == second
 
 
 def test_adopting_copies_the_model_and_nothing_else(tmp_path: Path, random_policy: Path) -> None:

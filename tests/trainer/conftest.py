@@ -74,10 +74,18 @@ def group_of_one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def learn_here(group_of_one: None, tmp_path_factory: pytest.TempPathFactory, policy: Path) -> Callable[..., Learned]:
     """`learn` in this process, on a place of rollouts, into a fresh folder unless one is given."""
 
-    def run(place: Path, recipe: Recipe, *, parent: Path = policy, out: Path | None = None, number: int = 0) -> Learned:
+    def run(
+        place: Path,
+        recipe: Recipe,
+        *,
+        parent: Path = policy,
+        out: Path | None = None,
+        number: int = 0,
+        behaviour: Path | None = None,
+    ) -> Learned:
         out = out or tmp_path_factory.mktemp("learned")
         found = locate(place, number if (place / "rollouts").is_dir() else None)
-        work = Round(recipe, found, parent, out, out / "learning.jsonl", number)
+        work = Round(recipe, found, parent, out, out / "learning.jsonl", number, behaviour)
         os.environ["LOCAL_RANK"] = "0"
         try:
             summary = learn(work)

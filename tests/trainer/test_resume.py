@@ -150,6 +150,19 @@ def test_going_on_under_other_settings(
     assert resumed.summary["logprob_gap"] == whole.summary["logprob_gap"]
 
 
+def test_a_lagging_round_goes_on(
+    learn_here: Learn, stopped_at: Any, recipe: Recipes, dataset: Made, policy: Path, tmp_path: Path
+) -> None:
+    parent = learn_here(dataset.place, recipe(epochs=1), out=tmp_path / "parent").snapshot
+    wanted, more = recipe(checkpoint_every=2), {"parent": parent, "behaviour": policy, "number": 1}
+    whole = learn_here(dataset.place, wanted, **more)
+    stopped_at(2, dataset.place, wanted, out=tmp_path / "out", **more)
+    resumed = learn_here(dataset.place, wanted, out=tmp_path / "out", **more)
+    assert resumed.summary["resumed_at"] == 5  # three of the parent's, two of its own
+    assert resumed.summary["snapshot_id"] == whole.summary["snapshot_id"]
+    assert resumed.summary["logprob_gap"] == whole.summary["logprob_gap"]
+
+
 def test_another_request_starts_anew(
     learn_here: Learn, stopped_at: Any, recipe: Recipes, dataset: Made, tmp_path: Path
 ) -> None:

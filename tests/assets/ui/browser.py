@@ -203,7 +203,7 @@ def test_a_round_is_launched_with_another_beta2(browser: Browser, site: Site) ->
     run = site.world.run
     assert load_recipe(str(run.stage_recipe("learn", 1))).learning.beta2 == 0.35
     published = snapshots.newest(run, 1)
-    assert published is not None and published.parent == snapshots.frozen_for(run, 1).snapshot_id
+    assert published is not None and published.parent == snapshots.frozen_for(run, 1, 0).snapshot_id
 
 
 def test_metadata_and_picture_of_the_round(browser: Browser) -> None:
