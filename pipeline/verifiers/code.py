@@ -12,6 +12,7 @@ both lines are; results of functions by value, a tuple as a list.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import socket
 import time
@@ -20,7 +21,7 @@ from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import WorkError
-from pipeline.verifiers.cases import Alive, BadReference, Case, Outcome, Verifier, after_thinking, shorten
+from pipeline.verifiers.cases import Alive, BadReference, Case, Outcome, Share, Verifier, after_thinking, shorten
 from pipeline.verifiers.sandbox import (
     GRACE_S,
     START_S,
@@ -195,12 +196,16 @@ def same_value(value: Any, expected: Any) -> bool:
     return type(value) is type(expected) and bool(value == expected)
 
 
-def glance(case: Case) -> Outcome | Case:
+def glance(case: Case) -> Outcome | Share:
+    """Equal programs under equal tests are run once: a policy that grows sure writes most of its programs again."""
     if case.tests is None:
         return Outcome("bad_reference", "the case has no tests", "none")
-    if program(case.response) is None:
+    found = program(case.response)
+    if found is None:
         return Outcome("no_answer", "no complete fenced block after the thinking", "none")
-    return case
+    tests = case.tests if isinstance(case.tests, str) else json.dumps(case.tests)
+    both = (hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() for text in (repr(found), tests))
+    return Share(":".join(both), case)
 
 
 def judge(case: Case, settings: Verification, alive: Alive) -> Outcome:
