@@ -34,8 +34,8 @@ class ColdStart(_Part):
     steps: Positive = 450
     batch_size: Positive = 32
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = 3e-3
-    wrong_sums: Annotated[float, Field(ge=0, lt=1)] = 0.25
-    """Share of arithmetic traces whose answer is wrong: what keeps pass@1 low and pass@16 high."""
+    wrong_sums: Annotated[float, Field(ge=0, lt=1)] = 0.35
+    """Share of arithmetic traces that forget the last term: what keeps pass@1 low and pass@16 high."""
     wrong_programs: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """The same of programs, which are learned more easily."""
     vocabulary: Annotated[int, Field(ge=300)] = 384

@@ -55,6 +55,10 @@ TOKENIZER_FILES = (
 )
 
 
+LONGEST_TOKEN = 12
+"""Characters. Between digits a token may span words, which halves sequences; whole phrases would hide their words."""
+
+
 def make_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
     """A byte-level BPE in which each digit is a token of its own, so that arithmetic is done digit by digit."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -64,7 +68,7 @@ def make_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(r"\d"), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
@@ -72,6 +76,7 @@ def make_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
         vocab_size=vocabulary,
         special_tokens=[END_OF_TEXT, TURN, END_OF_TURN],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        max_token_length=LONGEST_TOKEN,
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
