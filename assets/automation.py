@@ -11,23 +11,13 @@ import urllib.request
 
 import dagster as dg
 
-from assets.jobs import TAGS, whole_round
-from assets.rounds import CHOSEN, RUN_NAME, open_rounds, rounds
+from assets.jobs import whole_round
+from assets.rounds import CHOSEN, PARTITION, RECIPE, RUN_NAME, open_rounds, rounds, unfinished
 from pipeline import snapshots
 from pipeline.layout import Run, round_key
 from pipeline.report import read_stages
 
-CRON = os.environ.get("OAPL_CRON") or "0 2 * * *"
-TIME_ZONE = os.environ.get("OAPL_TIME_ZONE") or "UTC"
 WEBHOOK = "OAPL_WEBHOOK"
-PARTITION = "dagster/partition"
-UNFINISHED = [
-    dg.DagsterRunStatus.QUEUED,
-    dg.DagsterRunStatus.NOT_STARTED,
-    dg.DagsterRunStatus.STARTING,
-    dg.DagsterRunStatus.STARTED,
-    dg.DagsterRunStatus.CANCELING,
-]
 WEBHOOK_TIMEOUT_S = 10
 
 
@@ -42,7 +32,7 @@ def why_not(instance: dg.DagsterInstance, run: Run, lag: int) -> str | None:
 
     With `lag` it may be while the round before is still learned, once that one's rollouts are judged.
     """
-    working = instance.get_runs(dg.RunsFilter(tags=TAGS, statuses=UNFINISHED))
+    working = unfinished(instance)
     last = newest_round(run)
     for found in working:
         round = found.tags.get(PARTITION, "?")
@@ -82,8 +72,8 @@ def next_round(context: dg.SensorEvaluationContext) -> dg.RunRequest | dg.SkipRe
 
 @dg.schedule(
     job=whole_round,
-    cron_schedule=CRON,
-    execution_timezone=TIME_ZONE,
+    cron_schedule=RECIPE.nightly.cron,
+    execution_timezone=RECIPE.nightly.time_zone,
     default_status=dg.DefaultScheduleStatus.STOPPED,
 )
 def nightly_retraining(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:

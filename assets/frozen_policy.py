@@ -1,8 +1,9 @@
 """Asset `frozen_policy`."""
 
+import fcntl
+
 import dagster as dg
 
-from assets.instance import LEARNER_POOL
 from assets.metadata import Made, snapshot_link
 from assets.resources import RunFolder, Step, step
 from assets.rounds import GROUP, PREFIX, asset_key, rounds
@@ -10,7 +11,7 @@ from pipeline import snapshots
 from pipeline.report import START
 
 
-@dg.asset(key_prefix=PREFIX, partitions_def=rounds, group_name=GROUP, kinds={"huggingface"}, pool=LEARNER_POOL)
+@dg.asset(key_prefix=PREFIX, partitions_def=rounds, group_name=GROUP, kinds={"huggingface"})
 def frozen_policy(context: dg.AssetExecutionContext, run_folder: RunFolder) -> Made:
     """The snapshot that the round is generated with: the head of a round.
 
@@ -21,7 +22,7 @@ def frozen_policy(context: dg.AssetExecutionContext, run_folder: RunFolder) -> M
     """
     with step(context, run_folder) as work:
         lag = work.recipe.lag_rounds
-        if work.round <= lag and snapshots.newest(work.run, None) is None:
+        if work.round <= lag:
             _make_start(work)
         snapshot = snapshots.frozen_for(work.run, work.round, lag)
         before = context.asset_key_for_output() if snapshot.round is None else asset_key("trained_policy")
@@ -38,7 +39,15 @@ def frozen_policy(context: dg.AssetExecutionContext, run_folder: RunFolder) -> M
 
 
 def _make_start(work: Step) -> None:
-    """Trains the embedded policy, or copies in the model that the recipe names."""
+    """Trains the embedded policy, or copies in the model that the recipe names, once; rounds that lag share it."""
+    place = work.run.path / ".start.lock"
+    with place.open("w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if snapshots.newest(work.run, None) is None:
+            _start(work)
+
+
+def _start(work: Step) -> None:
     with work.timed(START):
         if work.recipe.policy.cold_start is not None:
             words = ["--recipe", work.recipe_file(START), "--out", work.run.snapshots]

@@ -7,6 +7,7 @@ partitions of their own, so that several runs share one instance and one UI with
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import dagster as dg
 
@@ -21,6 +22,17 @@ PREFIX: list[str] = [] if RUN_NAME == DEFAULT_RUN else [RUN_NAME]
 GROUP = re.sub(r"\W", "_", RUN_NAME)
 """A run is a group of assets, and so a box of its own in the lineage."""
 
+TAGS = {"oapl/run": RUN_NAME}
+"""What Dagster's runs of this run carry."""
+PARTITION = "dagster/partition"
+UNFINISHED = [
+    dg.DagsterRunStatus.QUEUED,
+    dg.DagsterRunStatus.NOT_STARTED,
+    dg.DagsterRunStatus.STARTING,
+    dg.DagsterRunStatus.STARTED,
+    dg.DagsterRunStatus.CANCELING,
+]
+
 rounds = dg.DynamicPartitionsDefinition(name=partitions_name(RUN_NAME))
 
 
@@ -31,6 +43,11 @@ def asset_key(name: str) -> dg.AssetKey:
 def round_of(context: dg.AssetExecutionContext) -> int:
     """The round that the step works on."""
     return int(context.partition_key)
+
+
+def unfinished(instance: dg.DagsterInstance) -> Sequence[dg.DagsterRun]:
+    """Dagster's runs that work on a round of this run, or wait to."""
+    return instance.get_runs(dg.RunsFilter(tags=TAGS, statuses=UNFINISHED))
 
 
 def open_rounds(instance: dg.DagsterInstance, up_to: int) -> None:

@@ -9,7 +9,7 @@ from pipeline.errors import RequestError
 from pipeline.layout import Run
 from pipeline.recipe import Recipe, differences, load_recipe
 
-MAY_CHANGE = ("rounds", "description")
+MAY_CHANGE = ("rounds", "nightly", "description")
 """Settings that a run in progress may be given anew: they change nothing of what was made."""
 
 

@@ -16,6 +16,7 @@ from asset_world import World
 
 from assets.instance import prepare_home
 from pipeline.layout import Run
+from pipeline.report import note_stage
 
 
 @pytest.fixture
@@ -70,6 +71,27 @@ def test_one_round_at_a_time(copied: Run, instance: dg.DagsterInstance, name: st
     run = dg.DagsterRun(job_name="whole_round", run_id="a" * 36, status=status, tags=tags)
     instance.add_run(run)
     assert tick(instance, name).skip_message == "run aaaaaaaa is working on round 0001"
+
+
+@pytest.mark.parametrize("name", ["next_round", "nightly_retraining"])
+def test_a_lagging_run_opens_a_round_while_the_one_before_is_learned(
+    copied: Run, instance: dg.DagsterInstance, name: str
+) -> None:
+    copied.recipe.write_text(copied.recipe.read_text().replace("lag_rounds: 0\n", "lag_rounds: 1\n"))
+    copied.rollouts(1).mkdir()
+    copied.stages(1).unlink(missing_ok=True)
+    work_on(instance, "a", "0001")
+    assert tick(instance, name).skip_message == "run aaaaaaaa is working on round 0001"
+    note_stage(copied, 1, "verify", seconds=1.0)
+    assert tick(instance, name).partition_key == "0002"
+    work_on(instance, "b", "0002")
+    assert "is working on round" in tick(instance, name).skip_message
+
+
+def work_on(instance: dg.DagsterInstance, letter: str, partition: str) -> None:
+    tags = {"oapl/run": "tiny", "dagster/partition": partition}
+    status = dg.DagsterRunStatus.STARTED
+    instance.add_run(dg.DagsterRun(job_name="whole_round", run_id=letter * 36, status=status, tags=tags))
 
 
 def test_rounds_stop_at_the_recipes_number(copied: Run, instance: dg.DagsterInstance) -> None:

@@ -6,24 +6,16 @@ person sees is kept there; that is how the pictures of docs/ui.md are made.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
-from asset_world import REPOSITORY, World, child_environment
+from asset_world import World
+from dagster_site import Site, served, wait_for
 from selenium import webdriver
 from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
@@ -40,61 +32,10 @@ from pipeline.runs import open_run
 LOCATION = "__repository__@tiny"
 
 
-def wait_for(what: Callable[[], Any], seconds: float, why: str) -> Any:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        found = what()
-        if found:
-            return found
-        time.sleep(0.5)
-    raise AssertionError(f"waited {seconds:.0f} s in vain for {why}")
-
-
-@dataclass(frozen=True)
-class Site:
-    """`oapl ui` over the world's data folder."""
-
-    address: str
-    world: World
-
-    def ask(self, query: str, **variables: Any) -> Any:
-        body = json.dumps({"query": query, "variables": variables}).encode()
-        request = urllib.request.Request(f"{self.address}/graphql", body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.load(answer)["data"]
-
-    def is_up(self) -> bool:
-        try:
-            found = self.ask("{ repositoriesOrError { ... on RepositoryConnection { nodes { location { name } } } } }")
-        except (urllib.error.URLError, ConnectionError):
-            return False
-        return bool(found["repositoriesOrError"].get("nodes"))
-
-    def status(self, run_id: str) -> str:
-        return str(
-            self.ask("query R($id: ID!) { runOrError(runId: $id) { ... on Run { status } } }", id=run_id)["runOrError"][
-                "status"
-            ]
-        )
-
-
 @pytest.fixture(scope="session")
 def site(world: World) -> Iterator[Site]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    words = [sys.executable, "-m", "assets.web", "--root", str(world.root), "--recipe", str(world.recipe)]
-    with (world.root / "ui.log").open("w") as log:
-        process = subprocess.Popen(
-            [*words, "--port", str(port)], cwd=REPOSITORY, env=child_environment(), stdout=log, stderr=subprocess.STDOUT
-        )
-        found = Site(f"http://127.0.0.1:{port}", world)
-        try:
-            wait_for(found.is_up, 120, f"the UI; see {world.root / 'ui.log'}")
-            yield found
-        finally:
-            process.send_signal(signal.SIGINT)
-            assert process.wait(timeout=60) in (0, 1)
+    with served(world) as found:
+        yield found
 
 
 class Browser:
