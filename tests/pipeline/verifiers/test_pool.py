@@ -43,9 +43,25 @@ def mixed(count: int) -> tuple[list[Case], dict[str, str]]:
                 Case(name, "math", rf"\boxed{{\frac{{{2 * number + (not right)}}}{{2}}}}", answer=f"{number}.0")
             )
         else:
-            cases.append(Case(name, "code", ADDS if right else ADDS.replace("sum", "max"), tests=SUM))
+            adds = ADDS.replace("import time", f"import time  # {number}")  # equal programs would be run once
+            cases.append(Case(name, "code", adds if right else adds.replace("sum", "max"), tests=SUM))
         expected[name] = "correct" if right else "wrong"
     return cases, expected
+
+
+def test_equal_programs_under_equal_tests_are_run_once() -> None:
+    """What a program prints at random is told in the verdict's detail."""
+    text = "```\nimport os\nprint(os.urandom(9).hex())\n```"
+    tests = [{"inputs": ["1\n"], "outputs": ["0\n"]}, {"inputs": ["2\n"], "outputs": ["0\n"]}]
+    cases = [Case(f"{number}", "code", text, tests=tests[0]) for number in range(5)]
+    cases += [
+        Case("other tests", "code", text, tests=tests[1]),
+        Case("other text", "code", text.replace("os\n", "os #\n"), tests=tests[0]),
+    ]
+    details = {verdict.id: verdict.detail for verdict in judge(cases, SETTINGS)}
+    assert all("got" in detail for detail in details.values())
+    assert len({details[f"{number}"] for number in range(5)}) == 1
+    assert len(set(details.values())) == 3
 
 
 def test_killed_workers_cost_no_verdict() -> None:
