@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,7 @@ from pipeline.layout import Run
 from pipeline.rollouts.durable import sha256_file, sync_file, write_durably
 
 RECORD = "snapshot.json"
+PARTIAL, KILLED_S = ".partial-", 24 * 3600
 KEPT = (".safetensors", ".json", ".jinja", ".model", ".txt")
 """Files of a model folder that make the policy; anything else in it is not copied."""
 
@@ -56,7 +59,8 @@ def publish(
     Nobody sees a half-written snapshot; one that is there already is left as it is.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".partial-{uuid.uuid4().hex[:8]}"
+    _forget_killed(folder)
+    partial = folder / f"{PARTIAL}{uuid.uuid4().hex[:8]}"
     partial.mkdir()
     try:
         fill(partial)
@@ -71,6 +75,14 @@ def publish(
         return load_record(place)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _forget_killed(folder: Path) -> None:
+    """Deletes what publishers that were killed long ago left: weights are large. A live one is never that old."""
+    for old in folder.glob(f"{PARTIAL}*"):
+        with contextlib.suppress(FileNotFoundError):  # another publisher deletes, too
+            if time.time() - old.stat().st_mtime > KILLED_S:
+                shutil.rmtree(old, ignore_errors=True)
 
 
 def describe(folder: Path, *, parent: str | None, round: int | None, step: int, recipe_sha256: str | None) -> Snapshot:
@@ -156,7 +168,7 @@ def _download(model: str) -> Path:
 
 def newest(run: Run, round: int | None) -> Snapshot | None:
     """The newest snapshot that a round published (None: the start), or null where there is none."""
-    found = [(path.stat().st_mtime_ns, load_record(path.parent)) for path in run.snapshots.glob(f"*/{RECORD}")]
+    found = [(path.stat().st_mtime_ns, load_record(path.parent)) for path in run.snapshots.glob(f"[!.]*/{RECORD}")]
     fitting = [(time, snapshot) for time, snapshot in found if snapshot.round == round]
     return max(fitting, key=lambda pair: pair[0])[1] if fitting else None
 

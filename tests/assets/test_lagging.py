@@ -14,6 +14,8 @@ from assets.instance import prepare_home
 from pipeline import snapshots
 from pipeline.layout import Run
 
+pytestmark = pytest.mark.system  # some minutes
+
 ROUNDS = ("0000", "0001")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -79,6 +80,19 @@ def test_a_round_keeps_the_snapshot_it_was_frozen_with(tmp_path: Path) -> None:
     second = _publish(run.snapshots, text='{"a": 2}', parent=start.snapshot_id, round=0, step=10)
     assert snapshots.frozen_for(run, 1, 0) == first
     assert snapshots.newest(run, 0) == second
+
+
+def test_what_a_killed_publisher_left_is_no_snapshot_and_goes_in_time(tmp_path: Path) -> None:
+    run = Run(tmp_path, "r")
+    start = _publish(run.snapshots)
+    left = [run.snapshots / ".partial-1", run.snapshots / ".partial-2"]
+    for place in left:
+        shutil.copytree(run.snapshot(start.snapshot_id), place)
+        (place / "snapshot.json").write_text(start.model_copy(update={"round": 0}).model_dump_json())
+    assert snapshots.newest(run, 0) is None
+    os.utime(left[0], (0, 0))
+    _publish(run.snapshots, text='{"a": 1}', parent=start.snapshot_id, round=0, step=10)
+    assert [place.exists() for place in left] == [False, True]
 
 
 def test_a_lagging_round_takes_an_older_snapshot(tmp_path: Path) -> None:

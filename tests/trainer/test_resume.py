@@ -102,7 +102,7 @@ def test_twenty_kills_change_no_bit(recipe: Recipes, dataset: Made, policy: Path
 def published(out: Path) -> tuple[dict[str, str], list[dict[str, Any]]]:
     summary = json.loads((out / "learning.json").read_bytes())
     log = [json.loads(line) for line in (out / "learning.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert len(list(out.glob("*/snapshot.json"))) == 1
+    assert len(list(out.glob("[!.]*/snapshot.json"))) == 1
     return folder_hash(out / summary["snapshot_id"]), log
 
 
