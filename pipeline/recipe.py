@@ -145,6 +145,8 @@ class Learning(_Part):
     """Carry Adam's moments from round to round."""
     drop_uniform_groups: bool = True
     """Leave out groups whose rewards are all equal; they stay in the dataset."""
+    verifier_version: str | None = None
+    """Verdicts of this version of a verifier count instead of its newest ones."""
     replay_rounds: Annotated[int, Field(ge=0)] = 0
     """Rounds before this one whose rollouts are learned from again, each row with its own log-probabilities."""
     behaviour: Literal["engine", "recomputed"] = "engine"
@@ -325,7 +327,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             raise RequestError(f"--set {override!r}: {folder} is a single value and has no settings below it")
         tree = tree[folder]
     try:
-        tree[leaf] = _number_or_text(yaml.safe_load(value))
+        found = yaml.safe_load(value)
+        tree[leaf] = found if value.lstrip()[:1] in ("'", '"') else _number_or_text(found)
     except yaml.YAMLError:
         raise RequestError(f"--set {override!r}: the value is not YAML; quote it") from None
 

@@ -116,7 +116,7 @@ class View:
         arrays: list[np.ndarray[Any, Any]] = []
         group_sizes: list[int] = []
         for place in range(len(self.places)):
-            verdicts = VerdictIndex(self.places[place].verdicts)
+            verdicts = VerdictIndex(self.places[place].verdicts, settings.verifier_version)
             for table in self._iterate_blocks(place):
                 row = 0
                 for group in split_groups(table):

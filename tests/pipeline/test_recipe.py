@@ -49,6 +49,10 @@ def test_a_schedule_is_any_cron_line(cron: str) -> None:
     assert (recipe.nightly.cron, recipe.nightly.time_zone) == (cron, "Europe/Berlin")
 
 
+def test_what_is_quoted_is_text() -> None:
+    assert load_recipe("tiny", ['learning.verifier_version="1"']).learning.verifier_version == "1"
+
+
 def test_overrides_take_numbers_as_people_write_them() -> None:
     recipe = load_recipe("tiny", ["learning.learning_rate=1e-4", "evaluation.ks=[1,2]", "policy.cold_start.steps=3"])
     assert recipe.learning.learning_rate == 1e-4

@@ -142,13 +142,13 @@ def write_dataset(
     return made
 
 
-def write_verdicts(folder: Path, rows: list[tuple[Rollout, float | None]]) -> None:
-    folder.mkdir(parents=True)
+def write_verdicts(folder: Path, rows: list[tuple[Rollout, float | None]], version: str = "1") -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     table = [
         {
             "rollout_id": rollout.rollout_id,
             "verifier": "test",
-            "verifier_version": "1",
+            "verifier_version": version,
             "status": "bad_reference" if reward is None else "correct" if reward else "wrong",
             "reward": reward,
             "detail": "",
@@ -157,7 +157,7 @@ def write_verdicts(folder: Path, rows: list[tuple[Rollout, float | None]]) -> No
         }
         for rollout, reward in rows
     ]
-    pq.write_table(pa.Table.from_pylist(table, VERDICTS), folder / "test.parquet")
+    pq.write_table(pa.Table.from_pylist(table, VERDICTS), folder / f"test-{version}.parquet")
 
 
 def write_round(run: Run, number: int, policy: Path, model: Any, **settings: Any) -> Made:

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from learning_parts import Learned, Made, folder_hash, plain_logprobs
+from learning_parts import Learned, Made, folder_hash, plain_logprobs, write_dataset, write_verdicts
 
 from pipeline import snapshots
+from pipeline.errors import RequestError
 from pipeline.recipe import Recipe
 
 Learn = Callable[..., Learned]
@@ -110,6 +111,22 @@ def test_the_gap_is_the_engines_noise(learn_here: Learn, recipe: Recipes, datase
 def test_the_same_round_gives_the_same_weights(learn_here: Learn, recipe: Recipes, dataset: Made) -> None:
     first, second = (learn_here(dataset.place, recipe()) for _ in range(2))
     assert first.summary["snapshot_id"] == second.summary["snapshot_id"]
+
+
+def test_the_recipe_picks_the_verifiers_version(
+    learn_here: Learn, recipe: Recipes, policy: Path, float64: Any, tmp_path: Path
+) -> None:
+    """A newer version says the opposite of each completion. It counts, unless the older one is named."""
+    made = write_dataset(tmp_path / "rollouts", policy, float64)
+    before = learn_here(made.place, recipe(epochs=1))
+    opposite = [(row, None if reward is None else 1 - reward) for row, reward in made.rows]
+    write_verdicts(made.place / "verdicts", opposite, version="2")
+    newest = learn_here(made.place, recipe(epochs=1))
+    picked = learn_here(made.place, recipe(epochs=1, verifier_version="1"))
+    assert newest.summary["reward_mean"] == pytest.approx(1 - before.summary["reward_mean"])
+    assert [line["loss"] for line in picked.log] == [line["loss"] for line in before.log]
+    with pytest.raises(RequestError, match="no verdicts of verifier version '3'; there are 1, 2"):
+        learn_here(made.place, recipe(verifier_version="3"))
 
 
 def test_moments_are_carried_into_the_next_round(learn_here: Learn, recipe: Recipes, dataset: Made) -> None:

@@ -208,7 +208,7 @@ def test_split_keeps_each_text_on_one_side(tmp_path: Path) -> None:
 
 def test_of_several_verifier_versions_the_newest_counts_also_after_cutting_and_sharing(tmp_path: Path) -> None:
     from pipeline.rollouts.sharing import import_dataset
-    from pipeline.rollouts.tables import VerdictIndex
+    from pipeline.rollouts.tables import STATUS_NAMES, VerdictIndex
 
     place = dataset(tmp_path / "source", count=8)
     # "1.10" sorts before "1.0" and "1.9" by name in one way or the other: only the time of writing tells.
@@ -227,3 +227,7 @@ def test_of_several_verifier_versions_the_newest_counts_also_after_cutting_and_s
         codes, _ = index.lookup([row.rollout_id for row in group(0)])
         assert set(codes.tolist()) == {3}, folder
     assert STATUS_OF[0] == "correct"
+    older = VerdictIndex(locate(tmp_path / "source").verdicts, verdict(0, group(0)[0])["verifier_version"])
+    assert STATUS_NAMES[older.lookup([group(0)[0].rollout_id])[0][0]] == "correct"
+    with pytest.raises(RequestError, match=r"no verdicts of verifier version '7'; there are .*0\.9"):
+        VerdictIndex(locate(tmp_path / "source").verdicts, "7")
