@@ -123,7 +123,10 @@ def _count(work: Path, prompts: Iterable[Prompt]) -> pl.DataFrame:
     import polars as pl
 
     rollouts = pl.scan_parquet(work / "rollouts" / "part-*.parquet").select(
-        "rollout_id", "prompt_id", pl.col("completion_tokens").list.len().alias("tokens")
+        "rollout_id",
+        "prompt_id",
+        pl.col("completion_tokens").list.len().alias("tokens"),
+        (-pl.col("logprobs").list.sum().cast(pl.Float64)).alias("nats"),
     )
     verdicts = pl.scan_parquet(work / "verdicts" / "*.parquet").select("rollout_id", "status", "reward")
     facts = pl.LazyFrame(
@@ -137,6 +140,8 @@ def _count(work: Path, prompts: Iterable[Prompt]) -> pl.DataFrame:
             (pl.col("status") == "correct").sum().alias("correct"),
             pl.col("reward").null_count().alias("unscorable"),
             pl.col("tokens").mean(),
+            # -log-probability a token under the sampling distribution, whose mean is that distribution's entropy.
+            (pl.col("nats").sum() / pl.col("tokens").sum()).alias("entropy"),
         )
         .join(facts, on="prompt_id")
         .sort("prompt_id")

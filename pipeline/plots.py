@@ -95,8 +95,8 @@ def _steps(axis: Any, curves: Sequence[Curve], name: str, title: str) -> None:
         colour = COLOURS[number % len(COLOURS)]
         values = getattr(curve, name)
         axis.plot(curve.steps, values, color=colour, linewidth=0.8, alpha=0.35, marker="." if len(values) < 5 else None)
-        axis.plot(curve.steps, _smoothed(values), color=colour, linewidth=1.8, label=f"round {curve.round}")
-    _plain(axis, title)
+        axis.plot(curve.steps, smoothed(values), color=colour, linewidth=1.8, label=f"round {curve.round}")
+    plain(axis, title)
     if name == "loss":
         _logarithmic(axis)  # a batch in a hundred has ten times the loss of the others
     axis.set_xlabel("optimizer step", fontsize=8, color=FAINT)
@@ -114,7 +114,7 @@ def _logarithmic(axis: Any) -> None:
     axis.yaxis.set_minor_locator(NullLocator())
 
 
-def _smoothed(values: Sequence[float], share: float = 0.12) -> list[float]:
+def smoothed(values: Sequence[float], share: float = 0.12) -> list[float]:
     """Exponential mean, started at the first value."""
     smooth: list[float] = []
     for value in values:
@@ -130,10 +130,10 @@ def _by_round(axis: Any, names: Sequence[str], title: str) -> None:
     step = max(1, -(-len(names) // 12))
     axis.set_xticks(range(0, len(names), step), names[::step])
     axis.set_xlabel("round", fontsize=8, color=FAINT)
-    _plain(axis, title)
+    plain(axis, title)
 
 
-def _plain(axis: Any, title: str) -> None:
+def plain(axis: Any, title: str) -> None:
     axis.set_title(title, loc="left", fontsize=10, color=INK)
     axis.grid(axis="y", color=PALE, linewidth=0.8)
     axis.set_axisbelow(True)

@@ -42,7 +42,8 @@ class VllmEngine:
                 f"generation needs vLLM, which does not import here ({error}); install oapl[cpu] or oapl[gpu]"
             ) from None
         self.version: str = vllm.__version__
-        self._settings = settings
+        self.sampling = settings
+        """How requests submitted from now on are sampled; may be replaced, within the engine's longest sequence."""
         self._engine = LLMEngine.from_engine_args(
             EngineArgs(
                 model=str(policy),
@@ -66,7 +67,7 @@ class VllmEngine:
     def submit(self, request: Request) -> None:
         from vllm import SamplingParams
 
-        settings = self._settings
+        settings = self.sampling
         self._engine.add_request(
             request.key,
             {"prompt_token_ids": request.prompt_tokens},
