@@ -156,14 +156,16 @@ def _newest_start(run: Run) -> snapshots.Snapshot:
 
 
 def _policy_of(data: Stored) -> Path:
+    """The snapshot that wrote the round: in the run's folder, or, as in a comparison, in one beside it."""
     from pipeline.rollouts.locate import locate
     from pipeline.rollouts.store import read_manifest
 
-    place = locate(data.run, data.round)
-    policy = (place.snapshots or data.run) / read_manifest(place.rollouts).provenance.snapshot_id
-    if not policy.is_dir():
-        raise RequestError(f"{policy}: the snapshot that wrote round {data.round} is not there any more")
-    return policy
+    name = read_manifest(locate(data.run, data.round).rollouts).provenance.snapshot_id
+    beside = sorted(data.run.absolute().parent.glob(f"*/snapshots/{name}"))
+    here = [path for path in beside if path.parents[1] == data.run.absolute()]
+    if not beside:
+        raise RequestError(f"{data.run}: the snapshot {name}, which wrote round {data.round}, is not there any more")
+    return (here or beside)[0]
 
 
 def _make(cell: Cell, run: Run, base: _Base, stages: Stages, say: Say) -> None:

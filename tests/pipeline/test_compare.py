@@ -289,7 +289,7 @@ def sampled(tmp_path_factory: pytest.TempPathFactory, random_policy: Path) -> tu
     run = Run(out, cell.base.name)
     with pytest.raises(KeyboardInterrupt):
         compare([cell], out, Fakes(fail="start start-seed0"), _quiet)
-    shutil.copytree(random_policy, run.snapshot(random_policy.name))
+    shutil.copytree(random_policy, Run(out, "beside").snapshot(random_policy.name))
     job = sampling.Job(run, random_policy, run.prompts, None, evaluate=True, round=0)
     engines: list[Resampled] = []
     sampling.sample(job, lambda policy, settings, seed: engines.append(Resampled(settings)) or engines[-1])  # type: ignore[func-returns-value]
@@ -323,9 +323,9 @@ def test_a_stored_round_is_learned_by_each_arm_without_sampling(
     compare(cells, tmp_path, stages, _quiet, data)
     assert stages.done == [
         "start-seed7: evaluate start",
-        f"b1-seed7: learn 0 from {run.name} 0 on {run.name}",
+        f"b1-seed7: learn 0 from {run.name} 0 on beside",
         "b1-seed7: evaluate 0",
-        f"b2-seed7: learn 0 from {run.name} 0 on {run.name}",
+        f"b2-seed7: learn 0 from {run.name} 0 on beside",
         "b2-seed7: evaluate 0",
     ]
     assert set(table.measure(cells, tmp_path, data)["lag"]) == {8}
