@@ -66,7 +66,7 @@ SIDE_BY_SIDE := compare --recipe tiny --set learning.batch_size=32 --lag 64
 RATES := 1e-4 3e-4 1e-3
 
 evidence-quick: setup
-	@$(BIN)/oapl $(SIDE_BY_SIDE) --steps 128 --seeds 0,1 --loss oapl,grpo --out data/compare/quick \
+	@$(BIN)/oapl $(SIDE_BY_SIDE) --steps 64 --seeds 0,1 --loss oapl,grpo --out data/compare/quick \
 		--variant oapl:learning.learning_rate=3e-4 --variant grpo:learning.learning_rate=3e-4
 
 # How its learning rates were chosen: one round on another seed, the same rates for both losses.

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 PIXELS = 1400
 MOST_TASKS = 2
+MORE = ("#8a6d1f", "#4b5563", "#d36ba6")
+"""Colours of variants past those that other pictures have."""
 
 
 def draw(table: pl.DataFrame, out: Path) -> list[Path]:
@@ -82,7 +84,8 @@ def _lag(axes: list[Any], table: pl.DataFrame) -> None:
 
 def _variants(table: pl.DataFrame) -> list[tuple[str, str]]:
     names = table["variant"].unique(maintain_order=True).to_list()
-    return [(name, COLOURS[number % len(COLOURS)]) for number, name in enumerate(names)]
+    colours = (*COLOURS, *MORE)
+    return [(name, colours[number % len(colours)]) for number, name in enumerate(names)]
 
 
 def _evaluations(axis: Any, table: pl.DataFrame, task: str, metric: str) -> None:
@@ -128,6 +131,8 @@ def _steps(axis: Any, table: pl.DataFrame, metric: str, title: str) -> None:
             style = ("-", "--", ":", "-.")[which % 4]
             axis.plot(one["step"], smoothed(one["value"].to_list()), color=colour, linewidth=1.5, linestyle=style)
     plain(axis, title)
+    if metric == "grad_norm":
+        axis.set_yscale("log")  # losses differ in their scale, and clipping makes them alike
     axis.set_xlabel("optimizer step", fontsize=8, color=FAINT)
 
 

@@ -39,7 +39,7 @@ def _summary(table: pl.DataFrame) -> object:
     metrics = [*(f"pass@{k}" for k in ks), "entropy"]
     rivals = sorted({m for m in table["metric"].to_list() if m.startswith("against ")})
     for head in [*keys, "step", "start pass@1", *metrics, *rivals]:
-        found.add_column(head, justify="left" if head == "variant" else "right")
+        found.add_column(head, justify="left" if head == "variant" else "right", no_wrap=head == "variant")
     for part in table.partition_by(keys, maintain_order=True):
         last = part.filter(part["task"] == "all").sort("step", maintain_order=True)
         if last.is_empty():
