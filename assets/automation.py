@@ -32,7 +32,7 @@ def why_not(instance: dg.DagsterInstance, run: Run, lag: int) -> str | None:
 
     With `lag` it may be while the round before is still learned, once that one's rollouts are judged.
     """
-    working = unfinished(instance)
+    working = unfinished(instance, limit=2)
     last = newest_round(run)
     for found in working:
         round = found.tags.get(PARTITION, "?")

@@ -45,9 +45,10 @@ def round_of(context: dg.AssetExecutionContext) -> int:
     return int(context.partition_key)
 
 
-def unfinished(instance: dg.DagsterInstance) -> Sequence[dg.DagsterRun]:
-    """Dagster's runs that work on a round of this run, or wait to."""
-    return instance.get_runs(dg.RunsFilter(tags=TAGS, statuses=UNFINISHED))
+def unfinished(instance: dg.DagsterInstance, limit: int, round: int | None = None) -> Sequence[dg.DagsterRun]:
+    """Up to `limit` of Dagster's runs that work, or wait to, on a round of this run, or on that `round`."""
+    tags = TAGS if round is None else TAGS | {PARTITION: round_key(round)}
+    return instance.get_runs(dg.RunsFilter(tags=tags, statuses=UNFINISHED), limit=limit)
 
 
 def open_rounds(instance: dg.DagsterInstance, up_to: int) -> None:

@@ -11,10 +11,9 @@ from assets.frozen_policy import frozen_policy
 from assets.instance import LEARNER_POOL
 from assets.metadata import Made, snapshot_link
 from assets.resources import RunFolder, Step, step
-from assets.rounds import GROUP, PARTITION, PREFIX, open_rounds, rounds, unfinished
+from assets.rounds import GROUP, PREFIX, open_rounds, rounds, unfinished
 from assets.verdicts import verdicts
 from pipeline import snapshots
-from pipeline.layout import round_key
 from pipeline.report import read_stages
 
 STAGE = "learn"
@@ -35,8 +34,8 @@ def trained_policy(context: dg.AssetExecutionContext, run_folder: RunFolder, con
 
     **Grain:** one snapshot a round, immutable, each file hashed. **Source:** `rollouts` and `verdicts` of the round,
     read as Parquet, and the policy published before, which is not the frozen one where the recipe's `lag_rounds` lets
-    generation run ahead. Materialising it again under other settings publishes another
-    snapshot; a round that goes on from here takes the newest.
+    generation run ahead. Materialising it again under other settings publishes another snapshot; a round that goes on
+    from here takes the newest.
     """
     with step(context, run_folder, config) as work:
         _let_the_round_before_end(work)
@@ -48,11 +47,12 @@ def trained_policy(context: dg.AssetExecutionContext, run_folder: RunFolder, con
 
 def _let_the_round_before_end(work: Step) -> None:
     """Rounds that overlap may come here out of order. The later one gives its slot back, and tries again."""
-    if work.recipe.lag_rounds and work.round and snapshots.newest(work.run, work.round - 1) is None:
-        before = round_key(work.round - 1)
-        if any(found.tags.get(PARTITION) == before for found in unfinished(work.context.instance)):
-            work.say(f"{STAGE}: waits for round {before}, which is not learned yet")
-            raise dg.RetryRequested(max_retries=WAITS, seconds_to_wait=WAIT_S)
+    before = work.round - 1
+    if not work.recipe.lag_rounds or before < 0 or snapshots.newest(work.run, before) is not None:
+        return
+    if unfinished(work.context.instance, limit=1, round=before):
+        work.say(f"{STAGE}: waits for round {before}, which is not learned yet")
+        raise dg.RetryRequested(max_retries=WAITS, seconds_to_wait=WAIT_S)
 
 
 def _inputs(work: Step) -> dict[str, Any]:

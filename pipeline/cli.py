@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pipeline.ending import leave
 from pipeline.errors import OaplError, RequestError
 
 if TYPE_CHECKING:
@@ -418,7 +419,8 @@ def main() -> None:
     # Threads that spin while they wait take the core from whoever shares it: on two busy cores a training step
     # was seen to take seven times as long. Set here, since it is read when the first library with threads loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    # A short spin, some 40 microseconds, keeps most of what spinning gains where nobody else wants the core.
+    # A short spin keeps most of what spinning gains where nobody else wants the core: a step of the cold start took
+    # 0.165 s with it, 0.163 s always spinning, and 0.193 s without.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     try:
         _with_rollouts()()
@@ -430,10 +432,7 @@ def main() -> None:
         sys.exit(130)
     except SystemExit as end:
         if "vllm" in sys.modules and end.code in (0, None):
-            # All is on disk and the engine is closed; taking its libraries down in order costs seconds.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(0)
+            leave()
         raise
 
 

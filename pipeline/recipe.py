@@ -215,7 +215,7 @@ class Nightly(_Part):
     """When the schedule `nightly_retraining`, once it is turned on, opens the next round."""
 
     cron: str = "0 2 * * *"
-    """Minute, hour, day of the month, month, day of the week."""
+    """Minute, hour, day of the month, month, day of the week, in numbers."""
     time_zone: str = "UTC"
     """A name of the IANA database, such as Europe/Berlin."""
 
@@ -225,7 +225,7 @@ class Nightly(_Part):
         if len(fields) != len(_CRON) or not all(
             _fits_cron(field, *bounds) for field, bounds in zip(fields, _CRON, strict=True)
         ):
-            raise ValueError(f"cron: expected five fields such as '0 2 * * *', not {self.cron!r}")
+            raise ValueError(f"cron: expected five fields of numbers such as '0 2 * * *', not {self.cron!r}")
         try:
             ZoneInfo(self.time_zone)
         except (ValueError, OSError, ZoneInfoNotFoundError):

@@ -19,18 +19,24 @@ def open_run(data: Path, recipe: Recipe) -> Run:
     Raises RequestError where the run was begun under other settings, naming the first difference.
     """
     run = Run(data, recipe.name)
-    if run.recipe.exists():
-        changed = [line for line in differences(run_recipe(run), recipe) if not line.startswith(MAY_CHANGE)]
-        if changed:
-            raise RequestError(
-                f"run {run.path} was begun under other settings ({'; '.join(changed)}); "
-                "give it another name with --set name=..., another --root, or the settings it has"
-            )
+    changed = changed_settings(run, recipe)
+    if changed:
+        raise RequestError(
+            f"run {run.path} was begun under other settings ({'; '.join(changed)}); "
+            "give it another name with --set name=..., another --root, or the settings it has"
+        )
     run.path.mkdir(parents=True, exist_ok=True)
     partial = run.recipe.with_name(f".{run.recipe.name}.{os.getpid()}")
     recipe.save(partial)
     partial.rename(run.recipe)
     return run
+
+
+def changed_settings(run: Run, recipe: Recipe) -> list[str]:
+    """`key: old -> new` of what keeps the run from going on under that recipe; none where it has not begun."""
+    if not run.recipe.exists():
+        return []
+    return [line for line in differences(run_recipe(run), recipe) if not line.startswith(MAY_CHANGE)]
 
 
 def run_recipe(run: Run) -> Recipe:

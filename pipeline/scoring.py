@@ -296,16 +296,14 @@ class _Files:
 
 def _files_of(folder: Path, version: str | None) -> list[Path]:
     """For each verifier its newest file, or the one of that version where it has one."""
-    import pyarrow.parquet as pq
+    from pipeline.rollouts.tables import judged_by
 
     chosen: dict[str, tuple[bool, int, Path]] = {}
     for path in folder.glob("[!.]*.parquet"):
-        with pq.ParquetFile(path) as file:
-            first = next(file.iter_batches(batch_size=1, columns=["verifier", "verifier_version"]), None)
-        if first is None:
+        verifier, found = judged_by(path)
+        if verifier is None:
             continue
-        rank = (first[1][0].as_py() == version, path.stat().st_mtime_ns, path)
-        verifier = first[0][0].as_py()
+        rank = (found == version, path.stat().st_mtime_ns, path)
         chosen[verifier] = max(rank, chosen.get(verifier, rank))
     if version is not None and chosen and not any(rank[0] for rank in chosen.values()):
         raise RequestError(f"{folder}: no verdicts of verifier version {version!r}")
@@ -343,16 +341,14 @@ def flips_of(folder: Path, verifier: str, version: str) -> Flips | None:
 
     Both files are in the rollouts' order and are read side by side.
     """
-    import pyarrow.parquet as pq
+    from pipeline.rollouts.tables import judged_by
 
     new = folder / verdict_file(verifier, version)
     others = []
     for path in folder.glob("[!.]*.parquet"):
-        if path != new:
-            with pq.ParquetFile(path) as file:
-                first = next(file.iter_batches(batch_size=1, columns=["verifier", "verifier_version"]), None)
-            if first is not None and first[0][0].as_py() == verifier:
-                others.append((path.stat().st_mtime_ns, path, first[1][0].as_py()))
+        found, its_version = judged_by(path)
+        if path != new and found == verifier and its_version is not None:
+            others.append((path.stat().st_mtime_ns, path, its_version))
     if not others or not new.is_file():
         return None
     _, old, old_version = max(others)

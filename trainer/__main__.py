@@ -80,6 +80,7 @@ def _be_a_rank(arguments: argparse.Namespace) -> None:
     # where gloo is there already and has nothing to do on one machine's few ranks.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    from pipeline.ending import leave
     from pipeline.layout import Run
     from pipeline.recipe import load_recipe
     from pipeline.rollouts.locate import locate
@@ -99,11 +100,7 @@ def _be_a_rank(arguments: argparse.Namespace) -> None:
             f"log-probability gap {summary['logprob_gap']['mean']:+.5f} nats a token, {summary['seconds']:.1f} s"
         )
     torch.distributed.destroy_process_group()
-    # All is on disk. Taking libraries down in order gains nothing, and their threads (gloo's, Arrow's) now and then
-    # lose the race against it, which ends the rank with SIGABRT and fails a round that is published.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    leave()
 
 
 def _free_port() -> str:

@@ -56,7 +56,7 @@ TOKENIZER_FILES = (
 
 
 LONGEST_TOKEN = 12
-"""Characters. Between digits a token may span words, which halves sequences; whole phrases would hide their words."""
+"""Characters. Between digits a token may span words, which shortens sequences; whole phrases would hide their words."""
 
 
 def make_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:

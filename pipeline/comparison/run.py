@@ -22,8 +22,8 @@ from pipeline.comparison.sampling import Job
 from pipeline.comparison.stages import Stages
 from pipeline.errors import RequestError, WorkError
 from pipeline.layout import Run
-from pipeline.recipe import Recipe, differences
-from pipeline.runs import MAY_CHANGE, open_run, run_recipe
+from pipeline.recipe import Recipe
+from pipeline.runs import changed_settings, open_run
 from pipeline.scoring import SUMMARY
 
 Say = Callable[[str], None]
@@ -68,12 +68,8 @@ def refuse_other_settings(cells: Sequence[Cell], out: Path) -> None:
     wanted = {recipe.name: recipe for cell in cells for recipe in (cell.base, cell.recipe)}
     for recipe in wanted.values():
         run = Run(out, recipe.name)
-        if run.recipe.exists():
-            changed = [d for d in differences(run_recipe(run), recipe) if not d.startswith(MAY_CHANGE)]
-            if changed:
-                raise RequestError(
-                    f"{run.path}: was begun under other settings ({'; '.join(changed)}); give a new --out"
-                )
+        if changed := changed_settings(run, recipe):
+            raise RequestError(f"{run.path}: was begun under other settings ({'; '.join(changed)}); give a new --out")
 
 
 class _Base:

@@ -7,7 +7,6 @@ whose start takes longer than a small policy's round, is started once for both.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from pipeline.ending import leave
 from pipeline.errors import OaplError
 from pipeline.generation.engine import Completion, Engine, Request
 from pipeline.layout import Run
@@ -164,10 +164,7 @@ def main() -> None:
     except OaplError as error:
         sys.stderr.write(f"oapl: {error}\n")
         sys.exit(error.exit_code)
-    # All is on disk and the engine is closed; taking its libraries down in order costs seconds.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    leave()
 
 
 if __name__ == "__main__":

@@ -135,17 +135,19 @@ def files_of_version(folder: Path | None, version: str) -> list[Path]:
     Raises RequestError where no file is of that version.
     """
     files = verdict_files(folder)
-    chosen = [path for path in files if _version_of(path) == version]
+    versions = {path: judged_by(path)[1] for path in files}
+    chosen = [path for path in files if versions[path] == version]
     if not chosen:
-        found = ", ".join(sorted({str(_version_of(path)) for path in files})) or "none"
+        found = ", ".join(sorted(filter(None, set(versions.values())))) or "none"
         raise RequestError(f"{folder}: no verdicts of verifier version {version!r}; there are {found}")
     return [path for path in files if path not in chosen] + chosen
 
 
-def _version_of(path: Path) -> str | None:
+def judged_by(path: Path) -> tuple[str, str] | tuple[None, None]:
+    """Verifier and version of a verdict file, by its first row; of an empty one neither."""
     with pq.ParquetFile(path) as file:
-        first = next(file.iter_batches(batch_size=1, columns=["verifier_version"]), None)
-    return None if first is None else str(first[0][0].as_py())
+        first = next(file.iter_batches(batch_size=1, columns=["verifier", "verifier_version"]), None)
+    return (None, None) if first is None else (str(first[0][0].as_py()), str(first[1][0].as_py()))
 
 
 def keep_order(files: Sequence[Path]) -> None:

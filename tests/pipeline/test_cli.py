@@ -23,6 +23,10 @@ Oapl = Callable[..., "subprocess.CompletedProcess[str]"]
         (["train", "--policy", "no-policy", "--rollouts", "r", "--out", "OUT"], "no policy in no-policy"),
         (["verify", "no-file.jsonl", "--out", "OUT.jsonl"], "no-file.jsonl"),
         (["rollouts", "validate", "no-folder"], "no-folder"),
+        (["compare", "--loss", "oapl,ppo", "--out", "OUT"], "--loss ppo: no such loss; known are oapl, grpo, sft"),
+        (["compare", "--loss", "oapl", "--lag", "0", "--out", "OUT"], "--lag '0': expected numbers of 1 or more"),
+        (["compare", "--loss", "oapl", "--seeds", "zero", "--out", "OUT"], "--seeds 'zero': expected whole numbers"),
+        (["compare", "--loss", "oapl", "--rollouts", "no-folder", "--out", "OUT"], "no-folder: no such folder"),
     ],
 )
 def test_a_wrong_request_is_one_line_and_exit_code_2(tmp_path: Path, oapl: Oapl, words: list[str], said: str) -> None:

@@ -351,22 +351,3 @@ def test_a_grid_that_would_not_compare_like_with_like_is_refused(words: dict[str
     with pytest.raises(RequestError) as caught:
         _cells(**words)
     assert said in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--loss", "oapl,ppo"], "--loss ppo: no such loss; known are oapl, grpo, sft"),
-        (["--loss", "oapl", "--lag", "0"], "--lag '0': expected numbers of 1 or more"),
-        (["--loss", "oapl", "--seeds", "zero"], "--seeds 'zero': expected whole numbers"),
-        (["--loss", "oapl", "--rollouts", "no-folder"], "no-folder: no such folder"),
-    ],
-)
-def test_a_wrong_request_is_one_line_and_exit_code_2(tmp_path: Path, oapl: Oapl, words: list[str], said: str) -> None:
-    done = oapl("compare", *words, "--out", tmp_path / "out")
-    assert done.returncode == 2, done.stderr
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1, done.stderr
-    assert lines[0].startswith("oapl: ")
-    assert said in lines[0]
-    assert not (tmp_path / "out").exists()

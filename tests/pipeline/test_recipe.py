@@ -27,7 +27,7 @@ def test_each_named_recipe_is_valid_and_says_its_own_name(name: str) -> None:
         ("evaluation.samples=4", ["evaluation", "pass@16", "at least 16"]),
         ("policy.model=x", ["policy", "exactly one"]),
         ("name=a/b", ["name"]),
-        ("nightly.cron=0 25 * * *", ["nightly", "five fields", "0 25 * * *"]),
+        ("nightly.cron=0 25 * * *", ["nightly", "five fields of numbers", "0 25 * * *"]),
         ("nightly.cron=tonight", ["nightly", "five fields", "tonight"]),
         ("nightly.time_zone=Mars/Olympus", ["nightly", "no zone named 'Mars/Olympus'"]),
         ("rounds", ["rounds", "key.path=value"]),
