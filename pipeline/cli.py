@@ -255,7 +255,7 @@ def compare(
         try:
             comparison.compare(cells, out, Children(lock), partial(typer.echo, err=True), data)
         finally:
-            show(cells, out, data)
+            show(out)
 
 
 @app.command()

@@ -3,7 +3,8 @@
 OUT/
   runs/start-lag64-seed0/    the start, its prompts, its evaluation and the samples of round 0, shared by all arms
   runs/oapl-lag64-seed0/     a cell: a run's folder, with its snapshots, later rounds, learning logs and evaluations
-  measurements.parquet       one row a measurement
+  cells.json                 the cells that were asked for so far, in this order
+  measurements.parquet       one row a measurement, of all of them
   lag-0064.png, index.html   pictures
 """
 
@@ -17,16 +18,19 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import snapshots
-from pipeline.comparison.grid import Cell, Stored
+from pipeline.comparison.grid import Arm, Cell, Stored
 from pipeline.comparison.sampling import Job
 from pipeline.comparison.stages import Stages
 from pipeline.errors import RequestError, WorkError
 from pipeline.layout import Run
 from pipeline.recipe import Recipe
-from pipeline.runs import changed_settings, open_run
+from pipeline.rollouts import durable
+from pipeline.runs import changed_settings, open_run, run_recipe
 from pipeline.scoring import SUMMARY
 
 Say = Callable[[str], None]
+
+CELLS = "cells.json"
 
 
 @contextlib.contextmanager
@@ -48,6 +52,7 @@ def compare(cells: Sequence[Cell], out: Path, stages: Stages, say: Say, data: St
     those that failed. Raises RequestError before anything starts where the folder was begun under other settings.
     """
     refuse_other_settings(cells, out)
+    remember(cells, out)
     bases = {cell.base.name: _base(cell, out, data) for cell in cells}
     failed = []
     for number, cell in enumerate(cells, 1):
@@ -70,6 +75,33 @@ def refuse_other_settings(cells: Sequence[Cell], out: Path) -> None:
         run = Run(out, recipe.name)
         if changed := changed_settings(run, recipe):
             raise RequestError(f"{run.path}: was begun under other settings ({'; '.join(changed)}); give a new --out")
+
+
+def remember(cells: Sequence[Cell], out: Path) -> None:
+    """Adds the cells to those of earlier calls, so that a folder's table has them all, each beside its rivals."""
+    known = _remembered(out)
+    new = [
+        {"arm": cell.arm.name, "changes": cell.arm.changes, "lag": cell.lag, "run": run, "base": cell.base.name}
+        for cell in cells
+        if (run := cell.recipe.name) not in {told["run"] for told in known}
+    ]
+    out.mkdir(parents=True, exist_ok=True)
+    durable.write_durably(out / CELLS, (json.dumps([*known, *new], indent=1) + "\n").encode())
+
+
+def all_cells(out: Path) -> list[Cell]:
+    """Every cell that was begun in the folder, in the order in which they were asked for."""
+    return [
+        Cell(Arm(told["arm"], tuple(told["changes"])), told["lag"], run_recipe(run), run_recipe(base))
+        for told in _remembered(out)
+        if (run := Run(out, told["run"])).recipe.exists() and (base := Run(out, told["base"])).recipe.exists()
+    ]
+
+
+def _remembered(out: Path) -> list[dict[str, Any]]:
+    place = out / CELLS
+    found: list[dict[str, Any]] = json.loads(place.read_bytes()) if place.exists() else []
+    return found
 
 
 class _Base:
@@ -134,9 +166,8 @@ class _Base:
 
 
 def _start_recipe(recipe: Recipe, name: str) -> Recipe:
-    """The settings of a start, the same for all lags of a seed."""
-    prompts = recipe.prompts.model_copy(update={"per_round": 1})
-    return recipe.model_copy(update={"name": name, "rounds": 1, "prompts": prompts})
+    """What a start is made from, the same for all lags of a seed: how it is sampled and learned from does not count."""
+    return Recipe(name=name, seed=recipe.seed, policy=recipe.policy)
 
 
 def _base(cell: Cell, out: Path, data: Stored | None) -> _Base:

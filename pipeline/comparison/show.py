@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from pipeline.comparison.grid import Cell, Stored
 
 if TYPE_CHECKING:
     import polars as pl
 
 
-def show(cells: Sequence[Cell], out: Path, data: Stored | None = None) -> None:
+def show(out: Path) -> None:
     """Writes measurements and pictures of what is made so far, and prints where each cell ended."""
     from rich.console import Console
 
     from pipeline.comparison.pictures import draw
+    from pipeline.comparison.run import all_cells
     from pipeline.comparison.table import measure, write
 
-    table = measure(cells, out, data)
+    table = measure(all_cells(out), out)
     if table.is_empty():
         return
     place = write(table, out)
     pictures = draw(table, out)
     console = Console()
     console.print(_summary(table))
+    if table["seed"].n_unique() > 1:
+        console.print(_over_seeds(table))
     console.print(f"Numbers: {place}", soft_wrap=True)
     console.print(f"Page: {out / 'index.html'} ({', '.join(path.name for path in pictures)})", soft_wrap=True)
 
@@ -52,10 +52,33 @@ def _summary(table: pl.DataFrame) -> object:
     return found
 
 
+def _over_seeds(table: pl.DataFrame) -> object:
+    from rich.table import Table
+
+    from pipeline.comparison.table import over_seeds
+
+    means = over_seeds(table)
+    found = Table(title="Means over seeds, 95 % intervals over seeds (Student's)", title_justify="left")
+    metrics = [name for name in means["metric"].unique(maintain_order=True).to_list() if not name.startswith("gain")]
+    metrics.sort(key=lambda name: (name.startswith("against "), not name.startswith("pass@")))
+    for head in ["variant", "lag", "seeds", *metrics]:
+        found.add_column(head, justify="left" if head == "variant" else "right", no_wrap=head == "variant")
+    for part in means.partition_by(["variant", "lag"], maintain_order=True):
+        found.add_row(
+            part["variant"][0],
+            str(part["lag"][0]),
+            str(part["seeds"].max()),
+            *(_cell(part, metric) for metric in metrics),
+        )
+    return found
+
+
 def _cell(final: pl.DataFrame, metric: str) -> str:
     row = final.filter(final["metric"] == metric)
     if row.is_empty():
         return "–"
     value, low, high = row["value"][0], row["low"][0], row["high"][0]
     sign = "+" if metric.startswith("against ") else ""
+    if low is None:
+        return f"{value:{sign}.3f}"
     return f"{value:{sign}.3f} [{low:{sign}.2f}, {high:{sign}.2f}]"

@@ -27,7 +27,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.comparison.grid import Cell, Stored
+from pipeline.comparison.grid import Cell
 from pipeline.comparison.run import learned
 from pipeline.evaluation import Z95, Estimate, read_evaluation
 from pipeline.layout import Run
@@ -57,11 +57,11 @@ FILE = "measurements.parquet"
 Row = dict[str, Any]
 
 
-def measure(cells: Sequence[Cell], out: Path, data: Stored | None = None) -> pl.DataFrame:
+def measure(cells: Sequence[Cell], out: Path) -> pl.DataFrame:
     """All measurements of the cells, as far as they are made."""
     import polars as pl
 
-    rows = [row for cell in cells for row in _of_cell(cell, cells, out, data)]
+    rows = [row for cell in cells for row in _of_cell(cell, cells, out)]
     whole, real = pl.Int64, pl.Float64
     types = {"lag": whole, "seed": whole, "round": whole, "step": whole, "value": real, "low": real, "high": real}
     return pl.DataFrame(rows, schema={name: types.get(name, pl.String) for name in COLUMNS}, orient="row")
@@ -76,7 +76,7 @@ def write(table: pl.DataFrame, out: Path) -> Path:
     return place
 
 
-def _of_cell(cell: Cell, cells: Sequence[Cell], out: Path, data: Stored | None) -> Iterator[Row]:
+def _of_cell(cell: Cell, cells: Sequence[Cell], out: Path) -> Iterator[Row]:
     run, base = Run(out, cell.recipe.name), Run(out, cell.base.name)
     first = next(c for c in cells if (c.lag, c.seed) == (cell.lag, cell.seed))
     lag = cell.lag
@@ -95,7 +95,7 @@ def _of_cell(cell: Cell, cells: Sequence[Cell], out: Path, data: Stored | None) 
             yield known | {"round": None} | row
         yield known | {"round": None, "step": 0} | _time(base, 0, START_EVALUATION, "evaluate")
     for round in range(cell.recipe.rounds):
-        for row in _of_round(run, base, round, data):
+        for row in _of_round(run, base, round, stored=cell.lag is None):
             yield known | {"round": round} | row
         there, rival = run.evaluation(round), Run(out, first.recipe.name).evaluation(round)
         if there.exists() and start.exists():
@@ -104,7 +104,7 @@ def _of_cell(cell: Cell, cells: Sequence[Cell], out: Path, data: Stored | None) 
             yield known | {"round": round} | _paired(there, rival, f"against {first.arm.name}@1")
 
 
-def _of_round(run: Run, base: Run, round: int, data: Stored | None) -> Iterator[Row]:
+def _of_round(run: Run, base: Run, round: int, *, stored: bool) -> Iterator[Row]:
     summary = learned(run, round)
     if summary is None:
         return
@@ -116,7 +116,7 @@ def _of_round(run: Run, base: Run, round: int, data: Stored | None) -> Iterator[
     yield of_round | _row(TRAIN, "reward", summary["reward_mean"])
     yield of_round | _row(TRAIN, "samples", summary["rows"])
     sampled = base if round == 0 else run
-    if data is None:
+    if not stored:
         for stage in ("generate", "verify"):
             yield of_round | _time(sampled, round, stage, stage)
     yield of_round | _time(run, round, "learn", "learn")
@@ -171,3 +171,47 @@ def _paired(after: Path, before: Path, metric: str) -> Row:
     )
     both = one.join(other, on="prompt_id")
     return {"step": found.step} | _estimated("all", metric, _mean((both["rate"] - both["rate_right"]).to_list()))
+
+
+def over_seeds(table: pl.DataFrame) -> pl.DataFrame:
+    """Where each variant ended at each lag, as a mean over seeds: the interval that tells whether another seed agrees.
+
+    Columns `lag, variant, step, metric, seeds, value, low, high`, of held-out prompts of all tasks. The intervals are
+    Student's, at 95 %, over the seeds' values (null where there is one seed); `against VARIANT@1` is the mean of the
+    seeds' paired differences.
+    """
+    import polars as pl
+
+    held = table.filter((pl.col("task") == "all") & pl.col("round").is_not_null())
+    held = held.filter(pl.col("metric").str.contains(r"^(pass@|entropy$|gain@|against )"))
+    keys = ["lag", "variant", "metric"]
+    last = held.sort("step", maintain_order=True).group_by([*keys, "seed"], maintain_order=True).last()
+    rows = []
+    for (lag, variant, metric), part in last.group_by(keys, maintain_order=True):
+        low, high = student(part["value"].to_list())
+        mean = part["value"].mean()
+        rows.append((lag, variant, part["step"].max(), metric, len(part), mean, low, high))
+    names = ("lag", "variant", "step", "metric", "seeds", "value", "low", "high")
+    real = dict.fromkeys(("value", "low", "high"), pl.Float64)
+    return pl.DataFrame(rows, schema={name: real.get(name) for name in names}, orient="row").sort(
+        "lag", "metric", maintain_order=True
+    )
+
+
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+"""Student's 97.5 % quantile for 1 to 10 degrees of freedom; beyond, by an expansion."""
+
+
+def student(values: Sequence[float]) -> tuple[float, float] | tuple[None, None]:
+    """Student's 95 % interval of the mean of some independent values; none of a single one."""
+    import numpy as np
+
+    array = np.asarray(values, dtype=np.float64)
+    free = len(array) - 1
+    if free < 1:
+        return None, None
+    z = Z95
+    expanded = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)  # Cornish-Fisher
+    quantile = STUDENT[free - 1] if free <= len(STUDENT) else expanded
+    half = quantile * float(array.std(ddof=1)) / len(array) ** 0.5
+    return float(array.mean()) - half, float(array.mean()) + half

@@ -18,7 +18,7 @@ from test_generation import FakeEngine
 from pipeline import snapshots
 from pipeline.comparison import grid, sampling, table
 from pipeline.comparison.pictures import draw
-from pipeline.comparison.run import alone, compare
+from pipeline.comparison.run import all_cells, alone, compare
 from pipeline.errors import RequestError, WorkError
 from pipeline.evaluation import Evaluation, estimate
 from pipeline.layout import Run
@@ -258,6 +258,36 @@ def test_the_table_is_tidy_and_its_values_are_those_of_the_files(tmp_path: Path)
     assert norms["value"].to_list() == pytest.approx([s / 10 for s in range(1, 9)])
 
 
+def test_a_folder_knows_the_cells_of_earlier_calls(tmp_path: Path) -> None:
+    compare(_cells(), tmp_path, Fakes(), _quiet)
+    more = Fakes()
+    longer = _cells("sft", lags=[8], steps=8, told=[*SMALL, "generation.samples=16"])
+    compare(longer, tmp_path, more, _quiet)
+    assert not any(line.startswith("start start") for line in more.done), "one start serves all lags of a seed"
+    cells = all_cells(tmp_path)
+    assert [(cell.arm.name, cell.lag) for cell in cells] == [("oapl", 4), ("grpo", 4), ("sft", 8)]
+    assert cells[2].recipe == longer[0].recipe
+    assert set(table.measure(cells, tmp_path)["variant"]) == {"oapl", "grpo", "sft"}
+
+
+def test_means_over_seeds_carry_students_interval() -> None:
+    rows = [
+        {"lag": 8, "variant": "grpo", "seed": seed, "round": round, "step": 8 * (round + 1), "task": "all"}
+        | {"metric": "against oapl@1", "value": value}
+        for round, values in ((0, (9.0, 9.0, 9.0)), (1, (-0.1, -0.2, -0.3)))
+        for seed, value in enumerate(values)
+    ]
+    (found,) = table.over_seeds(pl.DataFrame(rows)).to_dicts()
+    assert (found["seeds"], found["step"]) == (3, 16)
+    half = 4.303 * 0.1 / 3**0.5
+    assert (found["value"], found["low"], found["high"]) == pytest.approx((-0.2, -0.2 - half, -0.2 + half))
+    assert table.student([0.5]) == (None, None)
+    low, high = table.student([0.0, 1.0] * 6)
+    assert low is not None and high is not None
+    # 2.201 is Student's quantile for eleven degrees of freedom; half the values differ by one from the other half.
+    assert (high - low) / 2 == pytest.approx(2.201 * (3 / 11) ** 0.5 / 12**0.5, rel=2e-3)
+
+
 def test_pictures_are_drawn_of_each_lag_and_of_all(tmp_path: Path) -> None:
     cells = _cells(lags=[4, 8], seeds=[0, 1])
     compare(cells, tmp_path, Fakes(), _quiet)
@@ -328,7 +358,7 @@ def test_a_stored_round_is_learned_by_each_arm_without_sampling(
         f"b2-seed7: learn 0 from {run.name} 0 on beside",
         "b2-seed7: evaluate 0",
     ]
-    assert set(table.measure(cells, tmp_path, data)["lag"]) == {8}
+    assert set(table.measure(cells, tmp_path)["lag"]) == {8}
 
 
 @pytest.mark.parametrize(
