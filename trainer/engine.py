@@ -15,7 +15,7 @@ from pipeline.recipe import Learning, Recipe
 from pipeline.rollouts import durable
 from trainer import adapters, packing
 from trainer.batches import Pass
-from trainer.logprobs import token_logprobs
+from trainer.logprobs import sampled_entropy, token_logprobs
 from trainer.packing import Layout
 from trainer.policy import load_policy
 
@@ -27,6 +27,8 @@ class Scored(torch.nn.Module):
         super().__init__()
         self.model = model
         self.temperature = temperature
+        self.entropy = torch.zeros(())
+        """Of the policy in the last pass, nats a token: see `sampled_entropy`."""
 
     def forward(
         self,
@@ -41,7 +43,9 @@ class Scored(torch.nn.Module):
         told = {} if layout is None else {"layout": layout, "position_ids": positions}
         hidden = self.model.base_model(input_ids=ids, use_cache=False, **told).last_hidden_state
         chosen = hidden.flatten(0, 1).index_select(0, sources)
-        return token_logprobs(self.model.get_output_embeddings(), chosen, targets, self.temperature)
+        head = self.model.get_output_embeddings()
+        self.entropy = sampled_entropy(head, chosen, self.temperature)
+        return token_logprobs(head, chosen, targets, self.temperature)
 
 
 def score(engine: Any, taken: Pass) -> torch.Tensor:

@@ -41,6 +41,18 @@ def token_logprobs(head: Head, hidden: Tensor, targets: Tensor, temperature: flo
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+def sampled_entropy(head: Head, hidden: Tensor, temperature: float, most: int = 64) -> Tensor:
+    """Entropy of softmax(head(hidden) / temperature), nats, the mean over at most `most` evenly spaced tokens.
+
+    hidden [tokens, width]; no gradient. A sample, since the whole would cost another pass over the vocabulary.
+    """
+    with torch.no_grad():
+        stride = -(-max(1, hidden.shape[0]) // most)
+        logits = head(hidden[::stride])
+        logs = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature, dim=-1)
+        return -(logs.exp() * logs).sum(dim=-1).mean()
+
+
 def _logprobs(head: Head, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
     logits = head(hidden)
     scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature

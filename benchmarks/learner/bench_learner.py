@@ -2,6 +2,8 @@
 
     python benchmarks/learner/bench_learner.py step --policy tiny|FOLDER [--run RUN] [--sequences 16] [--median 48]
     python benchmarks/learner/bench_learner.py logprobs [--tokens 8192] [--vocabulary 49152] [--width 576]
+    python benchmarks/learner/bench_learner.py precision --policy FOLDER --run RUN
+    python benchmarks/learner/bench_learner.py profile --policy FOLDER --run RUN
 
 `step`: forward and backward pass of one batch under the same OAPL loss, the three ways in turn, so that what else the
 machine does falls on all of them; on one thread (the default) processor seconds are compared. The ways differ in how
@@ -13,6 +15,10 @@ a batch is laid out and in how logits become log-probabilities, nothing else:
 - official: as TRL pads, all logits of all positions, `log_softmax` and `gather` (danieldritter/OAPL).
 
 `logprobs`: each way in a process of its own, peak memory above what the process had before; times in turn.
+
+`precision`: the packed step in float32 and in bfloat16 against float64, one sequence after another with all logits.
+
+`profile`: where the processor seconds of a packed step go, by kind of operation.
 """
 
 from __future__ import annotations
@@ -212,6 +218,76 @@ def step(arguments: argparse.Namespace) -> None:
         )
 
 
+def precision(arguments: argparse.Namespace) -> None:
+    """How far log-probabilities, loss and gradient of the packed step are from float64, computed one by one."""
+    examples, groups = batch_of_run(arguments.run, arguments.sequences)
+    exact = load_policy(Path(arguments.policy), torch.float64, "sdpa").train()
+    wanted = []
+    for e in examples:
+        ids = torch.from_numpy(np.concatenate([e.prompt_tokens, e.completion_tokens]).astype(np.int64))[None]
+        everything = torch.log_softmax(exact(input_ids=ids, use_cache=False).logits[0, :-1] / TEMPERATURE, dim=-1)
+        chosen = everything.gather(-1, ids[0, 1:, None])[-len(e.completion_tokens) :, 0]
+        ratio = (chosen - torch.from_numpy(e.behaviour).double()).sum()
+        (BETA2 * ratio - e.advantage).square().backward()
+        wanted.append(chosen.detach())
+    lengths = [len(part) for part in wanted]
+    gradient = {name: value.grad for name, value in exact.named_parameters()}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = load_policy(Path(arguments.policy), dtype, packing.register("sdpa")).train()
+        taken = collate(examples, groups, 0, "sdpa")
+        chosen = Scored(model, TEMPERATURE)(taken.ids, taken.positions, taken.layout, taken.sources, taken.targets)
+        logprobs = torch.zeros(taken.mask.shape).masked_scatter(taken.mask, chosen.float())
+        squared(logprobs, taken.behaviour, taken.mask, taken.advantage).backward()
+        off = [
+            logprobs[row, :length].double() - one for row, (one, length) in enumerate(zip(wanted, lengths, strict=True))
+        ]
+        tokens, sums = torch.cat(off).abs(), torch.stack([part.sum() for part in off]).abs()
+        dot = norm = other = away = 0.0
+        for name, value in model.named_parameters():
+            mine, theirs = value.grad.double(), gradient[name]
+            dot, norm, other = dot + (mine * theirs).sum(), norm + mine.square().sum(), other + theirs.square().sum()
+            away += (mine - theirs).square().sum()
+        found = {
+            "policy": arguments.policy,
+            "dtype": str(dtype).removeprefix("torch."),
+            "sequences": len(examples),
+            "tokens": sum(lengths),
+            "token_nats": {"mean": float(tokens.mean()), "largest": float(tokens.max())},
+            "sequence_nats": {"mean": float(sums.mean()), "largest": float(sums.max())},
+            "gradient": {"relative": float((away / other) ** 0.5), "cosine": float(dot / (norm * other) ** 0.5)},
+        }
+        print(json.dumps(found), flush=True)
+
+
+KINDS = {
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear"),
+    "attention": ("scaled_dot_product", "flash_attention"),
+    "gathering and scattering": ("index", "gather", "scatter", "aten::cat", "embedding"),
+    "softmax of the vocabulary": ("log_softmax", "logsumexp", "aten::exp", "Project"),
+    "copies": ("aten::copy_", "aten::clone", "aten::contiguous", "aten::fill_", "aten::zero_"),
+}
+"""Kinds of operations by parts of their names; what is left are sums, products and norms, element by element."""
+
+
+def profile(arguments: argparse.Namespace) -> None:
+    """Shares of the processor seconds of one packed forward and backward pass."""
+    examples, groups = batch_of_run(arguments.run, arguments.sequences)
+    model = policy_of(arguments.policy, packing.register("sdpa"))
+    ours(model, examples, groups)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        ours(model, examples, groups)
+    seconds: dict[str, float] = {}
+    for event in seen.key_averages():
+        kind = next(
+            (kind for kind, parts in KINDS.items() if any(part in event.key for part in parts)), "element by element"
+        )
+        seconds[kind] = seconds.get(kind, 0.0) + event.self_cpu_time_total / 1e6
+    whole = sum(seconds.values())
+    print(f"{arguments.policy}: {whole:.2f} s of {len(examples)} sequences")
+    for kind, value in sorted(seconds.items(), key=lambda item: -item[1]):
+        print(f"  {kind:28} {value / whole:6.1%}")
+
+
 def one_logprobs(way: str, tokens: int, vocabulary: int, width: int, repeat: int) -> None:
     """Forward and backward pass of the head alone; prints seconds (best) and peak bytes above the start."""
     torch.manual_seed(0)
@@ -266,7 +342,7 @@ def logprobs(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["step", "logprobs", "one"])
+    parser.add_argument("what", choices=["step", "logprobs", "precision", "profile", "one"])
     parser.add_argument("--policy", default="tiny")
     parser.add_argument("--run", type=Path, help="a run's folder, whose first round gives lengths and tokens")
     parser.add_argument("--lengths", nargs="+", default=["equal", "round", "long-tailed"])
@@ -284,7 +360,9 @@ def main() -> None:
     if arguments.what == "one":
         one_logprobs(arguments.way, arguments.tokens, arguments.vocabulary, arguments.width, 2)
     else:
-        {"step": step, "logprobs": logprobs}[arguments.what](arguments)
+        if arguments.what in ("precision", "profile") and arguments.run is None:
+            parser.error(f"{arguments.what} needs --run")
+        {"step": step, "logprobs": logprobs, "precision": precision, "profile": profile}[arguments.what](arguments)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ Learn = Callable[..., Learned]
 Recipes = Callable[..., Recipe]
 
 
-def test_every_step_says_what_it_did(learn_here: Learn, recipe: Recipes, dataset: Made) -> None:
+def test_every_step_says_what_it_did(learn_here: Learn, recipe: Recipes, dataset: Made, policy: Path) -> None:
     rows = [(row, reward) for group in dataset.groups() if len({r for _, r in group}) > 1 for row, reward in group]
     learned = learn_here(dataset.place, recipe(batch_size=len(rows), epochs=2))
     record = learned.log[0]
@@ -33,6 +33,8 @@ def test_every_step_says_what_it_did(learn_here: Learn, recipe: Recipes, dataset
     assert record["shared"] == pytest.approx(1 - computed / whole)
     assert 0 < record["utilisation"] < 1
     assert learned.summary["matmul_flops"] > 1e9
+    # The policy is untrained, so that no token's distribution is far from even.
+    assert record["entropy"] == pytest.approx(_entropy(policy, [row for row, _ in rows]), rel=0.02)
     padded = learn_here(dataset.place, recipe(batch_size=1000, packing=False, epochs=1, micro_batch_tokens=10**6))
     longest = max(len(row.prompt_tokens) + len(row.completion_tokens) for row, _ in rows)
     assert padded.log[0]["padding"] == pytest.approx(1 - whole / (longest * len(rows)))
@@ -88,3 +90,14 @@ def test_a_log_forgets_what_was_not_checkpointed(group_of_one: None, tmp_path: P
     log.add({"step": 6, "loss": 1.0})
     log.close()
     assert [json.loads(line)["step"] for line in path.read_text(encoding="utf-8").splitlines()] == [4, 5, 6]
+
+
+def _entropy(policy: Path, rows: Sequence[Any]) -> float:
+    """Over all completion tokens, one sequence at a time, nats."""
+    model, found = load_policy(policy, torch.float64), []
+    for row in rows:
+        ids = torch.tensor([[*row.prompt_tokens, *row.completion_tokens]])
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, len(row.prompt_tokens) - 1 : -1]
+        found.append(torch.distributions.Categorical(logits=logits).entropy())
+    return float(torch.cat(found).mean())

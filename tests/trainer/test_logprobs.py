@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from trainer import logprobs
-from trainer.logprobs import token_logprobs
+from trainer.logprobs import sampled_entropy, token_logprobs
 
 Head = Callable[[torch.nn.Linear], torch.nn.Module]
 
@@ -118,3 +118,14 @@ def test_any_number_of_tokens(chunked: None, tokens: int) -> None:
     found = token_logprobs(head, hidden[:tokens], targets[:tokens], 1.0)
     assert found.shape == (tokens,)
     found.sum().backward()
+
+
+def test_entropy_is_that_of_evenly_spaced_tokens() -> None:
+    head = torch.nn.Linear(2, 3, bias=False)
+    head.weight = torch.nn.Parameter(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]))
+    hidden = torch.zeros(6, 2)
+    hidden[0] = torch.tensor([2 * torch.log(torch.tensor(2.0)), 0.0])  # at temperature 2: chances 1/2, 1/4, 1/4
+    first, even = 1.5 * torch.log(torch.tensor(2.0)), torch.log(torch.tensor(3.0))
+    assert torch.isclose(sampled_entropy(head, hidden, 2.0), (first + 5 * even) / 6)
+    assert torch.isclose(sampled_entropy(head, hidden, 2.0, most=2), (first + even) / 2)
+    assert not sampled_entropy(head, hidden.requires_grad_(), 2.0).requires_grad
