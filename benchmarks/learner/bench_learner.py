@@ -241,7 +241,7 @@ def precision(arguments: argparse.Namespace) -> None:
         off = [
             logprobs[row, :length].double() - one for row, (one, length) in enumerate(zip(wanted, lengths, strict=True))
         ]
-        tokens, sums = torch.cat(off).abs(), torch.stack([part.sum() for part in off]).abs()
+        tokens, sums = torch.cat(off).abs().detach(), torch.stack([part.sum() for part in off]).abs().detach()
         dot = norm = other = away = 0.0
         for name, value in model.named_parameters():
             mine, theirs = value.grad.double(), gradient[name]

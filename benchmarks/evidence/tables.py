@@ -1,0 +1,82 @@
+"""The measurements of docs/evidence, and what they come to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import polars as pl
+
+from pipeline.comparison.table import over_seeds, student
+
+STEPS_KEPT = 250
+"""Rows of each curve by optimizer step: a longer one is thinned out, as it is drawn no finer."""
+
+
+def gather(compared: Path) -> dict[str, pl.DataFrame]:
+    """The tables of the comparisons below `compared` by name, and `passk`."""
+    found = {}
+    for place in sorted(compared.glob("*/measurements.parquet")):
+        table = pl.read_parquet(place)
+        step_wise = (pl.col("task") == "train") & ~pl.col("metric").str.contains("seconds|reward|samples")
+        stride = (pl.col("step").max().over("variant", "lag", "seed") // STEPS_KEPT).clip(lower_bound=1)
+        found[place.parent.name] = table.filter(~step_wise | (pl.col("step") % stride == 0))
+    if rows := [row for place in sorted((compared / "passk").glob("*.parquet")) for row in _passk(place)]:
+        found["passk"] = pl.DataFrame(rows, infer_schema_length=None)
+    return found
+
+
+def _passk(place: Path) -> list[dict[str, object]]:
+    from pipeline.evaluation import read_evaluation
+
+    name, lag, seed = place.stem.rsplit("-", 2)
+    known = {"variant": name, "lag": int(lag.removeprefix("lag")), "seed": int(seed.removeprefix("seed"))}
+    found = read_evaluation(place)
+    return [
+        known | {"task": task, "k": k, "value": estimate.mean, "low": estimate.low, "high": estimate.high}
+        for task, estimates in {"all": found.overall, **found.by_source}.items()
+        for k, estimate in estimates.items()
+    ]
+
+
+def kept(folder: Path) -> dict[str, pl.DataFrame]:
+    return {place.stem: pl.read_parquet(place) for place in sorted(folder.glob("*.parquet"))}
+
+
+def summary(tables: dict[str, pl.DataFrame]) -> str:
+    """Markdown: of each comparison where its variants ended, means over seeds with Student's interval."""
+    parts = []
+    for name, table in tables.items():
+        parts.append(f"\n### {name}\n")
+        if name == "passk":
+            parts += _of_passk(table)
+            continue
+        means = over_seeds(table)
+        rivals = sorted({metric for metric in means["metric"].to_list() if metric.startswith("against ")})
+        ks = sorted({int(m.removeprefix("pass@")) for m in means["metric"].to_list() if m.startswith("pass@")})
+        metrics = [*(f"pass@{k}" for k in ks), "entropy", *rivals]
+        parts.append(f"| lag | variant | seeds | {' | '.join(metrics)} |\n|{'---|' * (3 + len(metrics))}")
+        for part in means.partition_by(["lag", "variant"], maintain_order=True):
+            cells = [_cell(part.filter(pl.col("metric") == metric)) for metric in metrics]
+            parts.append(f"| {part['lag'][0]} | {part['variant'][0]} | {part['seeds'].max()} | {' | '.join(cells)} |")
+    return "\n".join(parts)
+
+
+def _of_passk(table: pl.DataFrame) -> list[str]:
+    ks = table["k"].unique().sort().to_list()
+    lines = [f"| task | policy | seeds | {' | '.join(f'pass@{k}' for k in ks)} |\n|{'---|' * (3 + len(ks))}"]
+    for part in table.partition_by(["task", "variant"], maintain_order=True):
+        cells = []
+        for k in ks:
+            values = part.filter(pl.col("k") == k)["value"].to_list()
+            low, high = student(values)
+            cells.append(f"{sum(values) / len(values):.3f}" + (f" [{low:.2f}, {high:.2f}]" if low is not None else ""))
+        lines.append(f"| {part['task'][0]} | {part['variant'][0]} | {part['seed'].n_unique()} | {' | '.join(cells)} |")
+    return lines
+
+
+def _cell(row: pl.DataFrame) -> str:
+    if row.is_empty():
+        return "–"
+    value, low, high = row["value"][0], row["low"][0], row["high"][0]
+    sign = "+" if row["metric"][0].startswith("against") else ""
+    return f"{value:{sign}.3f}" + (f" [{low:{sign}.2f}, {high:{sign}.2f}]" if low is not None else "")
