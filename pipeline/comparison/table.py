@@ -15,10 +15,10 @@
 
 Held-out prompts: `pass@k`; `entropy`, nats a token of the policy's own samples; `tokens`, a completion's; `gain@1`,
 pass@1 less the start's on the same prompts; `against VARIANT@1`, pass@1 less that of the comparison's first variant at
-the same lag, seed and round. The latter two are paired by prompt. Learning, a row an optimizer step: `loss`, `grad_norm`,
-`surprise` (-log pi a token of the data), `entropy` (nats a token of the policy, on the data), `log_ratio` and
-`log_ratio_abs` (nats a sequence), `kl_k3`. Once a round: `reward`, `samples`, and `seconds/generate`, `verify`, `learn`,
-`evaluate`.
+the same lag, seed and round. The latter two are paired by prompt. Learning, a row an optimizer step: `loss`,
+`grad_norm`, `surprise` (-log pi a token of the data), `entropy` (nats a token of the policy, on the data), `log_ratio`
+and `log_ratio_abs` (nats a sequence), `kl_k3`. Once a round: `reward`, `samples`, and `seconds/generate`, `verify`,
+`learn`, `evaluate`.
 """
 
 from __future__ import annotations
