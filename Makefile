@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --no-deps
 SEED ?= 0
 PORT ?= 3000
 
-.PHONY: setup demo demo-smollm2 test test-system test-ui check format ui bench evidence-tune evidence-quick lock clean
+.PHONY: setup demo demo-smollm2 test test-system test-ui check format ui bench evidence evidence-tune evidence-quick lock clean
 
 setup: $(READY)
 
@@ -61,19 +61,20 @@ bench: setup
 	PYTHONPATH=. $(BIN)/python benchmarks/learner/bench_learner.py logprobs --repeat 1
 	$(BIN)/python benchmarks/store/bench.py --rows 60000 --small 20000 --baseline-rows 20000
 
-# The same comparison as in docs/evidence.md: two losses, two seeds, one lag. Goes on where it was stopped.
-SIDE_BY_SIDE := compare --recipe tiny --set learning.batch_size=32 --lag 64
-RATES := 1e-4 3e-4 1e-3
-
+# The comparisons of docs/evidence.md (benchmarks/evidence/experiments.py). Each goes on where it was stopped.
+# Two losses, two seeds, one lag: a quarter of an hour at most.
 evidence-quick: setup
-	@$(BIN)/oapl $(SIDE_BY_SIDE) --steps 64 --seeds 0,1 --loss oapl,grpo --out data/compare/quick \
-		--variant oapl:learning.learning_rate=3e-4 --variant grpo:learning.learning_rate=3e-4
+	@$(BIN)/python -m benchmarks.evidence run quick
 
-# How its learning rates were chosen: one round on another seed, the same rates for both losses.
+# How learning rates, beta2 and clip bounds were chosen.
 evidence-tune: setup
-	@$(BIN)/oapl $(SIDE_BY_SIDE) --steps 64 --seeds 11 --out data/compare/tune \
-		--set evaluation.samples=4 --set 'evaluation.ks=[1,4]' \
-		$(foreach loss,oapl grpo,$(foreach rate,$(RATES),--variant $(loss)-$(rate):learning.loss=$(loss),learning.learning_rate=$(rate)))
+	@$(BIN)/python -m benchmarks.evidence run tune
+
+# All of them; hours.
+evidence: setup
+	@$(BIN)/python -m benchmarks.evidence run
+	@$(BIN)/python -m benchmarks.evidence passk
+	@$(BIN)/python -m benchmarks.evidence report
 
 # Writes the lock anew from what is installed in .venv.
 lock:

@@ -1,22 +1,32 @@
-"""What `make evidence` does besides `oapl compare`: pass@k for large k; pictures and tables of docs/evidence.md.
+"""What stands behind docs/evidence.md: the comparisons, pass@k for large k, and the pictures and tables of both.
 
-python -m benchmarks.evidence passk [--seeds 0,1,2]      evaluates snapshots of data/compare/lags anew
-python -m benchmarks.evidence report                     data/compare/*/measurements.parquet -> docs/evidence/
+python -m benchmarks.evidence run [quick | tune | lags | ...]   comparisons, see experiments.py; without a name all
+python -m benchmarks.evidence passk [--seeds 0,1,2]             evaluates snapshots of data/compare/lags anew
+python -m benchmarks.evidence report                            measurements below data/compare -> docs/evidence/
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.evidence import pictures, tables
+from benchmarks.evidence import experiments, pictures, tables
 
-COMPARED = Path("data/compare")
+COMPARED = Path(experiments.COMPARED)
 OUT = Path("docs/evidence")
 KS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 POLICIES = ("start", "oapl", "grpo")
+
+
+def run(names: list[str]) -> None:
+    """Runs the comparisons one after another, and says the words of each, which can be given by hand as well."""
+    for name in names:
+        for words in experiments.EXPERIMENTS[name]():
+            print(f"$ {shlex.join(['oapl', 'compare', *words])}", flush=True)
+            subprocess.run([sys.executable, "-m", "pipeline.cli", "compare", *words], check=True)
 
 
 def passk(seeds: list[int], lag: int) -> None:
@@ -32,7 +42,8 @@ def passk(seeds: list[int], lag: int) -> None:
                 continue
             run = Run(COMPARED / "lags", f"start-seed{seed}" if name == "start" else f"{name}-lag{lag}-seed{seed}")
             newest = snapshots.newest(run, None if name == "start" else 0)
-            assert newest is not None, f"{run.path} has no snapshot: run `make evidence-lags` first"
+            if newest is None:
+                sys.exit(f"{run.path}: no snapshot here; run `python -m benchmarks.evidence run lags` first")
             words = ["--recipe", "tiny", "--set", f"seed={seed}", "--policy", run.snapshot(newest.snapshot_id)]
             words += ["--prompts", prompts, "--samples", KS[-1], "--ks", ",".join(map(str, KS)), "--out", out]
             subprocess.run([sys.executable, "-m", "pipeline.cli", "evaluate", *map(str, words)], check=True)
@@ -51,14 +62,23 @@ def report() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["passk", "report"])
-    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("what", choices=["run", "passk", "report"])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(experiments.EXPERIMENTS)}")
+    parser.add_argument("--seeds", default=experiments.SEEDS)
     parser.add_argument("--lag", type=int, default=400)
     arguments = parser.parse_args()
-    if arguments.what == "passk":
-        passk([int(seed) for seed in arguments.seeds.split(",")], arguments.lag)
-    else:
-        report()
+    unknown = set(arguments.names) - set(experiments.EXPERIMENTS)
+    if unknown:
+        parser.error(f"no such comparison: {', '.join(sorted(unknown))}")
+    try:
+        if arguments.what == "run":
+            run(arguments.names or list(experiments.ALL))
+        elif arguments.what == "passk":
+            passk([int(seed) for seed in arguments.seeds.split(",")], arguments.lag)
+        else:
+            report()
+    except subprocess.CalledProcessError as error:  # its own line is on the terminal already
+        sys.exit(error.returncode)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,9 @@ def _make(cell: Cell, run: Run, base: _Base, stages: Stages, say: Say) -> None:
     """The rounds of a cell: learn; then evaluate, and sample for the next round, with one start of the engine."""
     policy = base.policy
     rounds = cell.recipe.rounds
+    if not run.prompts.exists():  # so that a cell is a run's folder like any other
+        with durable.replacing(run.prompts) as partial:
+            shutil.copyfile(base.prompts, partial)
     for round in range(rounds):
         data = base.data if round == 0 else Stored(run.path, round)
         if learned(run, round) is None:

@@ -167,8 +167,10 @@ def test_a_cell_learns_from_its_own_rounds_and_all_from_one_start(tmp_path: Path
         "grpo-lag4-seed0: learn 1 from grpo-lag4-seed0 1 on grpo-lag4-seed0",
         "grpo-lag4-seed0: evaluate 1",
     ]
-    prompts = [Run(tmp_path, f"{arm}-lag4-seed0").round_prompts(1).read_bytes() for arm in ("oapl", "grpo")]
-    assert prompts[0] == prompts[1]
+    for place in ("round_prompts", "prompts"):
+        ours, theirs = (Run(tmp_path, f"{arm}-lag4-seed0") for arm in ("oapl", "grpo"))
+        paths = [run.round_prompts(1) if place == "round_prompts" else run.prompts for run in (ours, theirs)]
+        assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
 def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:

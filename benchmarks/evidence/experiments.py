@@ -1,0 +1,112 @@
+"""The comparisons of docs/evidence.md, as the words of `oapl compare`; each goes on where it was stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+
+COMPARED = "data/compare"
+SEEDS = "0,1,2"
+ALIKE = ("--recipe", "tiny", "--set", "learning.batch_size=32", "--set", "generation.samples=16")
+"""Shared by all: a round of lag L samples 2 L prompts, 16 times each."""
+
+Words = list[str]
+
+# Chosen by `tune` (seed 11), for lags up to 64 and from 400 on.
+SHORT = {"oapl": ["learning_rate=3e-4", "beta2=0.07"], "grpo": ["learning_rate=3e-4"]}
+LONG = {"oapl": ["learning_rate=3e-4", "beta2=0.07"], "grpo": ["learning_rate=1e-4"]}
+
+
+def arm(name: str, loss: str, *settings: str) -> Words:
+    """One more thing to compare."""
+    return ["--variant", f"{name}:" + ",".join(f"learning.{setting}" for setting in (f"loss={loss}", *settings))]
+
+
+def both(chosen: dict[str, list[str]], suffix: str = "", *more: str) -> Words:
+    return [word for loss, told in chosen.items() for word in arm(loss + suffix, loss, *told, *more)]
+
+
+def fresh(out: str, lag: int, *words: str, seeds: str = SEEDS) -> Words:
+    return [*ALIKE, "--lag", str(lag), "--seeds", seeds, "--out", f"{COMPARED}/{out}", *words]
+
+
+def stored(out: str, run: str, *words: str) -> Words:
+    """A seed is an order of learning here: the completions are the same."""
+    return ["--rollouts", f"{COMPARED}/lags/runs/{run}", "--seeds", SEEDS, "--out", f"{COMPARED}/{out}", *words]
+
+
+def quick() -> Iterator[Words]:
+    """Two losses, two seeds, one lag: a quarter of an hour at most."""
+    yield fresh("quick", 64, *both(SHORT), seeds="0,1")
+
+
+def tune() -> Iterator[Words]:
+    """How rates, beta2 and clip bounds were chosen: one round on another seed, six settings for each loss."""
+    words = ["--set", "evaluation.samples=4", "--set", "evaluation.ks=[1,4]"]
+    for rate, beta2 in product(("1e-4", "3e-4"), ("0.02", "0.07", "0.2")):
+        words += arm(f"oapl-{rate}-b{beta2}", "oapl", f"learning_rate={rate}", f"beta2={beta2}")
+    for rate in ("1e-4", "3e-4", "3e-5"):
+        words += arm(f"grpo-{rate}", "grpo", f"learning_rate={rate}")
+    for rate in ("1e-4", "3e-4"):
+        words += arm(f"grpo-{rate}-wide", "grpo", f"learning_rate={rate}", "clip_low=0.5", "clip_high=2.0")
+    words += arm("grpo-1e-4-narrow", "grpo", "learning_rate=1e-4", "clip_low=0.9", "clip_high=1.1")
+    for lag in (64, 400):
+        yield fresh("tune", lag, *words, seeds="11")
+
+
+def lags() -> Iterator[Words]:
+    """At 400 with truncated weights, too. At 1000 samples are learned from twice, as there are no more prompts."""
+    truncated = arm("grpo-truncated", "grpo", *LONG["grpo"], "behaviour=recomputed", "importance_cap=2.0")
+    yield fresh("lags", 64, *both(SHORT))
+    yield fresh("lags", 400, *both(LONG), *truncated)
+    yield fresh("lags", 8, *both(SHORT), "--steps", "64")
+    yield fresh("lags", 1000, *both(LONG), "--set", "learning.epochs=2")
+
+
+def generations() -> Iterator[Words]:
+    """Four epochs over each batch of 512, to lay beside GRPO's fresh samples at lag 8."""
+    yield fresh("generations", 64, *arm("oapl", "oapl", *SHORT["oapl"]), "--steps", "256", "--set", "learning.epochs=4")
+
+
+def betas() -> Iterator[Words]:
+    pairs = product(("0.3", "1", "3"), ("0.02", "0.07", "0.2", "0.6"))
+    words = [
+        word
+        for beta1, beta2 in pairs
+        for word in arm(
+            f"beta1-{beta1}-beta2-{beta2}", "oapl", "learning_rate=3e-4", f"beta1={beta1}", f"beta2={beta2}"
+        )
+    ]
+    yield stored("betas", "start-lag64-seed0", *words)
+
+
+def groups() -> Iterator[Words]:
+    """Groups without variance kept, as everywhere here, and dropped."""
+    dropped = both(SHORT, "-dropped", "drop_uniform_groups=true")
+    yield stored("groups", "start-lag64-seed0", *both(SHORT), *dropped)
+
+
+def epochs() -> Iterator[Words]:
+    words = [word for count in (1, 2, 4, 8) for word in both(SHORT, f"-{count}", f"epochs={count}")]
+    yield stored("epochs", "start-lag64-seed0", *words)
+
+
+def replay() -> Iterator[Words]:
+    """The eighth round of lag 8, alone and with the rounds before it."""
+    words = [word for rounds in (0, 1, 4) for word in both(SHORT, f"-{rounds}", f"replay_rounds={rounds}")]
+    yield stored("replay", "oapl-lag8-seed0", "--round", "7", *words)
+
+
+def behaviour() -> Iterator[Words]:
+    """What stands for the behaviour policy, where the engine samples in float32 and in bfloat16."""
+    recomputed = both(SHORT, "-recomputed", "behaviour=recomputed")
+    for dtype in ("float32", "bfloat16"):
+        told = ("--set", f"generation.dtype={dtype}")
+        yield fresh(f"behaviour-{dtype}", 64, *both(SHORT), *recomputed, *told)
+
+
+EXPERIMENTS = {
+    made.__name__: made for made in (quick, tune, lags, generations, betas, groups, epochs, replay, behaviour)
+}
+ALL = ("lags", "generations", "betas", "groups", "epochs", "replay", "behaviour")
+"""What `make evidence` runs; `quick` and `tune` are on their own."""
