@@ -39,7 +39,11 @@ def _passk(place: Path) -> list[dict[str, object]]:
 
 
 def kept(folder: Path) -> dict[str, pl.DataFrame]:
-    return {place.stem: pl.read_parquet(place) for place in sorted(folder.glob("*.parquet"))}
+    """The tables of docs/evidence by name; `lags` has the short lag in it."""
+    found = {place.stem: pl.read_parquet(place) for place in sorted(folder.glob("*.parquet"))}
+    if "short_lag" in found and "lags" in found:
+        found["lags"] = pl.concat([found.pop("short_lag"), found["lags"]])
+    return found
 
 
 def summary(tables: dict[str, pl.DataFrame]) -> str:
