@@ -113,7 +113,8 @@ def _of_round(run: Run, base: Run, round: int, *, stored: bool) -> Iterator[Row]
     for line in run.learning_log(round).read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         for name in BY_STEP:
-            yield {"step": int(record["step"])} | _row(TRAIN, name, record[name])
+            if name in record:  # logs of earlier versions have fewer
+                yield {"step": int(record["step"])} | _row(TRAIN, name, record[name])
     yield of_round | _row(TRAIN, "reward", summary["reward_mean"])
     yield of_round | _row(TRAIN, "samples", summary["rows"])
     sampled = base if round == 0 else run
