@@ -74,8 +74,9 @@ def short_lag() -> Iterator[Words]:
 
 
 def generations() -> Iterator[Words]:
-    """Four epochs over each batch of 512, to lay beside GRPO's fresh samples at lag 8."""
-    yield fresh("generations", 64, *arm("oapl", "oapl", *SHORT["oapl"]), "--steps", "256", "--set", "learning.epochs=4")
+    """Four epochs over each batch of 512, to lay beside the fresh samples of lag 8."""
+    four = arm("oapl-4-epochs", "oapl", *SHORT["oapl"])
+    yield fresh("short_lag", 64, *four, "--steps", "256", "--set", "learning.epochs=4")
 
 
 def betas() -> Iterator[Words]:

@@ -69,7 +69,7 @@ def _lines(axis: Any, table: pl.DataFrame, x: str, labels: str, title: str, unde
 
 def _by_lag(task: str, metric: str, title: str) -> Callable[[Any, Tables], None]:
     def panel(axis: Any, tables: Tables) -> None:
-        lags = _last(tables["lags"], task, metric)
+        lags = _last(tables["lags"], task, metric).filter(pl.col("variant").is_in(["oapl", "grpo", "grpo-truncated"]))
         _lines(
             axis, lags, "lag", "lower left" if task == "all" else "", title, "lag, optimizer steps between snapshots"
         )
@@ -83,9 +83,7 @@ def _by_lag(task: str, metric: str, title: str) -> Callable[[Any, Tables], None]
 
 def _by_samples(axis: Any, tables: Tables) -> None:
     """Held-out pass@1 after so many completions were generated."""
-    table = pl.concat(
-        [tables["lags"].filter((pl.col("lag") == 8) & (pl.col("variant") == "grpo")), tables["generations"]]
-    )
+    table = tables["lags"].filter((pl.col("lag") == 8) | (pl.col("variant") == "oapl-4-epochs"))
     keys = ["variant", "lag", "seed"]
     made = (
         table.filter(pl.col("metric") == "samples")
@@ -101,7 +99,7 @@ def _by_samples(axis: Any, tables: Tables) -> None:
     names = named["variant"].unique(maintain_order=True).to_list()
     for name in names:
         one = named.filter(pl.col("variant") == name)
-        colour = _colour(name.partition(",")[0], [])
+        colour = {"grpo": COLOURS[1], "oapl": COLOURS[0]}.get(name.partition(",")[0], COLOURS[3])
         for seed in one.sort("seed").partition_by("seed", maintain_order=True):
             line = seed.sort("completions")
             axis.plot(line["completions"], line["value"], color=colour, alpha=0.35, linewidth=0.9)
@@ -195,7 +193,7 @@ PICTURES: dict[str, tuple[str, list[Callable[[Any, Tables], None]], tuple[str, .
         ],
         ("lags",),
     ),
-    "generations": ("What a completion buys", [_by_samples], ("lags", "generations")),
+    "generations": ("What a completion buys", [_by_samples], ("lags",)),
     "passk": (
         "pass@k before and after 400 steps at lag 400",
         [_by_k("all"), _by_k("arithmetic"), _by_k("programs")],
