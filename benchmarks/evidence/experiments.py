@@ -17,9 +17,12 @@ SHORT = {
     "oapl": ["learning_rate=3e-4", "beta2=0.2"],
     "grpo": ["learning_rate=3e-4", "clip_low=0.5", "clip_high=2.0"],
 }
-LONG = SHORT
-PAPER = ["learning_rate=3e-4", "clip_low=0.8", "clip_high=1.28"]
-"""GRPO with the clip bounds of the paper's baseline, and the best rate for them."""
+LONG = {
+    "oapl": ["learning_rate=1e-4", "beta2=0.07"],
+    "grpo": ["learning_rate=1e-4", "clip_low=0.5", "clip_high=2.0"],
+}
+PAPER = ["clip_low=0.8", "clip_high=1.28"]
+"""GRPO's clip bounds in the paper's baseline."""
 
 
 def arm(name: str, loss: str, *settings: str) -> Words:
@@ -60,11 +63,13 @@ def tune() -> Iterator[Words]:
 
 
 def lags() -> Iterator[Words]:
-    """At 400 with truncated weights, too. At 1000 samples are learned from twice, as there are no more prompts."""
-    paper = arm("grpo-paper", "grpo", *PAPER)
+    """GRPO as tuned, with the paper's clip bounds at their best rate, and with truncated weights.
+
+    At 1000 samples are learned from twice, as there are no more prompts.
+    """
     truncated = arm("grpo-truncated", "grpo", *LONG["grpo"], "behaviour=recomputed", "importance_cap=2.0")
-    yield fresh("lags", 64, *both(SHORT), *paper)
-    yield fresh("lags", 400, *both(LONG), *truncated)
+    yield fresh("lags", 64, *both(SHORT), *arm("grpo-paper", "grpo", "learning_rate=3e-4", *PAPER))
+    yield fresh("lags", 400, *both(LONG), *arm("grpo-paper", "grpo", "learning_rate=1e-4", *PAPER), *truncated)
     yield fresh("lags", 1000, *both(LONG), "--set", "learning.epochs=2")
 
 

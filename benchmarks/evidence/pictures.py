@@ -41,7 +41,13 @@ def _figure(title: str, panels: int) -> tuple[Any, Sequence[Any]]:
 
 
 def _colour(name: str, names: Sequence[str]) -> str:
-    usual = {"oapl": COLOURS[0], "grpo": COLOURS[1], "start": FAINT, "grpo-truncated": COLOURS[2]}
+    usual = {
+        "oapl": COLOURS[0],
+        "grpo": COLOURS[1],
+        "start": FAINT,
+        "grpo-paper": COLOURS[3],
+        "grpo-truncated": COLOURS[2],
+    }
     others = [colour for colour in (*COLOURS[2:], *MORE) if colour not in usual.values()]
     unknown = [other for other in names if other not in usual]
     return usual.get(name) or others[unknown.index(name) % len(others)]
@@ -69,7 +75,7 @@ def _lines(axis: Any, table: pl.DataFrame, x: str, labels: str, title: str, unde
 
 def _by_lag(task: str, metric: str, title: str) -> Callable[[Any, Tables], None]:
     def panel(axis: Any, tables: Tables) -> None:
-        lags = _last(tables["lags"], task, metric).filter(pl.col("variant").is_in(["oapl", "grpo", "grpo-truncated"]))
+        lags = _last(tables["lags"], task, metric).filter(pl.col("variant").is_in(["oapl", "grpo", "grpo-paper"]))
         _lines(
             axis, lags, "lag", "lower left" if task == "all" else "", title, "lag, optimizer steps between snapshots"
         )
