@@ -27,8 +27,8 @@ class Scored(torch.nn.Module):
         super().__init__()
         self.model = model
         self.temperature = temperature
-        self.entropy = torch.zeros(())
-        """Of the policy in the last pass, nats a token: see `sampled_entropy`."""
+        self.entropy = torch.zeros(2)
+        """Of the policy in the last pass: see `sampled_entropy`."""
 
     def forward(
         self,

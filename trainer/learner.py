@@ -365,7 +365,7 @@ class _Learner:
             if part:
                 metrics |= {"loss": losses.detach().sum(), "tokens": batch.mask.sum(), **diagnostics(batch)}
                 metrics |= self._counts(part, taken)
-                metrics["entropy"] = self.engine.module.entropy * batch.mask.sum()
+                metrics["entropy"], metrics["entropy_tokens"] = self.engine.module.entropy
                 sums += torch.stack([metrics[name].double().to(self.device) for name in self.names])
         if self.ranks > 1:
             dist.all_reduce(sums)
@@ -412,7 +412,7 @@ class _Learner:
             "kl_k1": sums["kl_k1"] / tokens,
             "kl_k3": sums["kl_k3"] / tokens,
             "surprise": sums["surprise"] / tokens,
-            "entropy": sums["entropy"] / tokens,
+            "entropy": sums["entropy"] / max(1.0, sums["entropy_tokens"]),
             "advantage_abs": sums["advantage_abs"] / count,
             "grad_norm": norm,
             "learning_rate": rate,
@@ -469,6 +469,7 @@ SUMS = (
     "kl_k3",
     "surprise",
     "entropy",
+    "entropy_tokens",
     "advantage_abs",
     "tokens",
     "positions",

@@ -42,7 +42,7 @@ def token_logprobs(head: Head, hidden: Tensor, targets: Tensor, temperature: flo
 
 
 def sampled_entropy(head: Head, hidden: Tensor, temperature: float, most: int = 64) -> Tensor:
-    """Entropy of softmax(head(hidden) / temperature), nats, the mean over at most `most` evenly spaced tokens.
+    """Entropy of softmax(head(hidden) / temperature) at up to `most` evenly spaced tokens -> [sum of nats, tokens].
 
     hidden [tokens, width]; no gradient. A sample, since the whole would cost another pass over the vocabulary.
     """
@@ -50,7 +50,8 @@ def sampled_entropy(head: Head, hidden: Tensor, temperature: float, most: int = 
         stride = -(-max(1, hidden.shape[0]) // most)
         logits = head(hidden[::stride])
         logs = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature, dim=-1)
-        return -(logs.exp() * logs).sum(dim=-1).mean()
+        entropy = -(logs.exp() * logs).sum(dim=-1)
+        return torch.stack([entropy.sum(), torch.full_like(entropy.sum(), len(entropy))])
 
 
 def _logprobs(head: Head, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:

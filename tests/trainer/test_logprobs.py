@@ -126,6 +126,7 @@ def test_entropy_is_that_of_evenly_spaced_tokens() -> None:
     hidden = torch.zeros(6, 2)
     hidden[0] = torch.tensor([2 * torch.log(torch.tensor(2.0)), 0.0])  # at temperature 2: chances 1/2, 1/4, 1/4
     first, even = 1.5 * torch.log(torch.tensor(2.0)), torch.log(torch.tensor(3.0))
-    assert torch.isclose(sampled_entropy(head, hidden, 2.0), (first + 5 * even) / 6)
-    assert torch.isclose(sampled_entropy(head, hidden, 2.0, most=2), (first + even) / 2)
+    assert torch.allclose(sampled_entropy(head, hidden, 2.0), torch.stack([first + 5 * even, torch.tensor(6.0)]))
+    assert torch.allclose(sampled_entropy(head, hidden, 2.0, most=2), torch.stack([first + even, torch.tensor(2.0)]))
+    assert sampled_entropy(head, hidden[:0], 2.0).tolist() == [0.0, 0.0]
     assert not sampled_entropy(head, hidden.requires_grad_(), 2.0).requires_grad
