@@ -191,6 +191,8 @@ def over_seeds(table: pl.DataFrame) -> pl.DataFrame:
     rows = []
     for (lag, variant, metric), part in last.group_by(keys, maintain_order=True):
         low, high = student(part["value"].to_list())
+        if low is not None and high is not None and metric.startswith("pass@"):
+            low, high = max(0.0, low), min(1.0, high)
         mean = part["value"].mean()
         rows.append((lag, variant, part["step"].max(), metric, len(part), mean, low, high))
     names = ("lag", "variant", "step", "metric", "seeds", "value", "low", "high")
