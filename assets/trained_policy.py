@@ -9,6 +9,7 @@ from assets import checks
 from assets.config import LearningConfig
 from assets.frozen_policy import frozen_policy
 from assets.instance import LEARNER_POOL
+from assets.learning_curve import LABELS, LearningCurve, Observe
 from assets.metadata import Made, snapshot_link
 from assets.resources import RunFolder, Step, step
 from assets.rounds import GROUP, PREFIX, open_rounds, rounds, unfinished
@@ -91,7 +92,19 @@ def _learn(work: Step) -> None:
         words: list[object] = ["--recipe", work.recipe_file(STAGE), "--rollouts", work.run.path, "--round", work.round]
         words += ["--policy", work.run.snapshot(_parent(work).snapshot_id), "--out", work.run.snapshots]
         words += ["--behaviour-policy", work.run.snapshot(_behaviour(work).snapshot_id)]
-        work.start(STAGE, "pipeline.cli train", words)
+        work.start(STAGE, "pipeline.cli train", words, LearningCurve(work.run.learning_log(work.round), _observe(work)))
+
+
+def _observe(work: Step) -> Observe:
+    """Numbers of some steps, in the run's log while it runs, and in the asset's plots over time."""
+
+    def observe(step: int, means: dict[str, float]) -> None:
+        said = f"{STAGE}: step {step:,}, means since the last"
+        context = work.context
+        metadata = {"step": step, **means}
+        context.log_event(dg.AssetObservation(context.asset_key, said, metadata, context.partition_key))
+
+    return observe
 
 
 def _result(work: Step) -> Made:
@@ -103,11 +116,8 @@ def _result(work: Step) -> Made:
     work.say(f"{STAGE}: done, {summary['steps']:,} steps to {snapshot.snapshot_id}, {seconds:.1f} s")
     return dg.MaterializeResult(
         metadata={
-            "loss": last.get("loss", 0.0),
-            "log-ratio": last.get("log_ratio", 0.0),
-            "gradient norm": last.get("grad_norm", 0.0),
+            **{label: last[name] for name, label in LABELS.items() if name in last},
             "optimizer steps": summary["steps"],
-            "lag, steps": last.get("lag", 0),
             "log-probability gap": summary["logprob_gap"]["mean"],
             "log-probability gap, largest": summary["logprob_gap"]["max_abs"],
             "sequences": summary["sequences"],

@@ -25,14 +25,14 @@ def instance(world: World) -> Iterator[dg.DagsterInstance]:
 
 def materialise(world: World, instance: dg.DagsterInstance, job: str, root: Path | None = None, **settings: Any) -> Any:
     from assets.definitions import defs
-    from assets.resources import RunFolder
+    from assets.settings import Chosen
 
     return defs.resolve_job_def(job).execute_in_process(
         instance=instance,
         partition_key="0000",
         raise_on_error=False,
         run_config={"loggers": {"terminal": {}}, **settings},
-        resources={"run_folder": RunFolder(root=str(root or world.root), recipe=str(world.recipe))},
+        resources={"run_folder": Chosen(root or world.root, str(world.recipe))},
     )
 
 
