@@ -10,7 +10,7 @@ from assets.config import LearningConfig
 from assets.frozen_policy import frozen_policy
 from assets.instance import LEARNER_POOL
 from assets.learning_curve import LABELS, LearningCurve, Observe
-from assets.metadata import Made, snapshot_link
+from assets.metadata import Made, snapshot_link, tidy
 from assets.resources import RunFolder, Step, step
 from assets.rounds import GROUP, PREFIX, open_rounds, rounds, unfinished
 from assets.verdicts import verdicts
@@ -101,7 +101,7 @@ def _observe(work: Step) -> Observe:
     def observe(step: int, means: dict[str, float]) -> None:
         said = f"{STAGE}: step {step:,}, means since the last"
         context = work.context
-        metadata = {"step": step, **means}
+        metadata = tidy({"step": step, **means})
         context.log_event(dg.AssetObservation(context.asset_key, said, metadata, context.partition_key))
 
     return observe
@@ -115,20 +115,22 @@ def _result(work: Step) -> Made:
     seconds = read_stages(work.run, work.round).get(STAGE, {}).get("seconds", 0.0)
     work.say(f"{STAGE}: done, {summary['steps']:,} steps to {snapshot.snapshot_id}, {seconds:.1f} s")
     return dg.MaterializeResult(
-        metadata={
-            **{label: last[name] for name, label in LABELS.items() if name in last},
-            "optimizer steps": summary["steps"],
-            "log-probability gap": summary["logprob_gap"]["mean"],
-            "log-probability gap, largest": summary["logprob_gap"]["max_abs"],
-            "sequences": summary["sequences"],
-            "groups without variance": summary["uniform_groups"] / max(1, summary["groups"]),
-            "tokens per second": summary["tokens"] / max(1e-9, summary["seconds"]),
-            "seconds": seconds,
-            **snapshot_link(snapshot, work.run.snapshot(snapshot.snapshot_id)),
-            "parent path": dg.MetadataValue.path(str(parent)),
-            "learning by step": dg.MetadataValue.path(str(work.run.learning_log(work.round))),
-            **work.log_metadata(STAGE),
-        },
+        metadata=tidy(
+            {
+                **{label: last[name] for name, label in LABELS.items() if name in last},
+                "optimizer steps": summary["steps"],
+                "log-probability gap": summary["logprob_gap"]["mean"],
+                "log-probability gap, largest": summary["logprob_gap"]["max_abs"],
+                "sequences": summary["sequences"],
+                "groups without variance": summary["uniform_groups"] / max(1, summary["groups"]),
+                "tokens per second": summary["tokens"] / max(1e-9, summary["seconds"]),
+                "seconds": seconds,
+                **snapshot_link(snapshot, work.run.snapshot(snapshot.snapshot_id)),
+                "parent path": dg.MetadataValue.path(str(parent)),
+                "learning by step": dg.MetadataValue.path(str(work.run.learning_log(work.round))),
+                **work.log_metadata(STAGE),
+            }
+        ),
         check_results=checks.of_policy(
             work.run.snapshot(snapshot.snapshot_id), parent, summary, last, work.recipe.learning.max_logprob_gap
         ),

@@ -1,4 +1,7 @@
-"""Backfilled rounds follow one another, however the backfill was launched: a real daemon works them off."""
+"""Backfilled rounds follow one another, however the backfill was launched: a real daemon works them off.
+
+The learner is real; what writes the rollouts is a stand-in, since five rounds with vLLM would take many minutes.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any
 
 import dagster as dg
 import pytest
-from asset_world import RECIPE, World, write_recipe
+from asset_world import QUICK_ENGINE, RECIPE, World, write_recipe
 from dagster_site import Site, served, wait_for
 
 from assets.instance import prepare_home
@@ -39,7 +42,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     root.mkdir()
     with dg.DagsterInstance.from_config(str(prepare_home(root))) as instance:
         instance.add_dynamic_partitions("rounds", [round_key(number) for number in range(5)])
-    with served(World(root, recipe, "")) as found:
+    with served(World(root, recipe, ""), QUICK_ENGINE) as found:
         yield found
 
 
