@@ -1,4 +1,4 @@
-"""What a learning step tells while it runs: the learner's log, thinned out, as observations that the UI charts."""
+"""What a learning step tells while it runs: the learner's log, thinned out, as observations."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def _learn(work: Step) -> None:
 
 
 def _observe(work: Step) -> Observe:
-    """Numbers of some steps, in the run's log while it runs, and in the asset's plots over time."""
+    """Numbers of some steps, among the events of the run and of the round while it is learned."""
 
     def observe(step: int, means: dict[str, float]) -> None:
         said = f"{STAGE}: step {step:,}, means since the last"

@@ -86,7 +86,7 @@ def test_a_round_that_learns_leaves_a_curve(world: World, monkeypatch: pytest.Mo
     for found in seen:
         numbers = {name: value.value for name, value in found.metadata.items()}
         assert numbers["loss"] > 0 and numbers["gradient norm"] > 0
-        # The same names as in the round's own numbers, so that both lie in one plot.
+        # The same names as in the round's own numbers.
         assert set(numbers) <= set(made.materialization.metadata)
     steps = [int(found.metadata["step"].value) for found in seen]
     assert steps == sorted(steps) and steps[-1] == made.materialization.metadata["step"].value
