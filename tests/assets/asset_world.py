@@ -61,7 +61,8 @@ QUICK_ENGINE = HERE / "quick_engine"
 
 
 def child_environment(*folders: Path) -> dict[str, str]:
-    return dict(os.environ) | {"PYTHONPATH": os.pathsep.join(map(str, (HERE, *folders)))}
+    # This tree comes first: what is installed may be another one.
+    return dict(os.environ) | {"PYTHONPATH": os.pathsep.join(map(str, (REPOSITORY, HERE, *folders)))}
 
 
 def run_rounds(*words: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
