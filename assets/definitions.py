@@ -10,7 +10,6 @@ from assets.frozen_policy import frozen_policy
 from assets.jobs import JOBS
 from assets.pass_at_k import pass_at_k
 from assets.prompt_set import prompt_set
-from assets.resources import RunFolder
 from assets.rollout_dataset import rollout_dataset
 from assets.rollouts import rollouts
 from assets.rounds import CHOSEN
@@ -25,7 +24,7 @@ defs = dg.Definitions(
     jobs=JOBS,
     schedules=[nightly_retraining],
     sensors=[next_round, known_rounds, report_failures],
-    resources={"run_folder": RunFolder(root=str(CHOSEN.root), recipe=CHOSEN.recipe, overrides=list(CHOSEN.overrides))},
+    resources={"run_folder": CHOSEN},
     loggers={"console": colored_console_logger, "terminal": terminal},
     executor=dg.in_process_executor,
 )

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from pipeline.errors import RequestError
 from pipeline.layout import dagster_home
+
+if TYPE_CHECKING:
+    import dagster as dg
 
 ENGINE_POOL, LEARNER_POOL = "engine", "learner"
 """Steps that hold the same device wait for one another; OAPL_ONE_DEVICE=1 says that there is only one."""
@@ -16,6 +22,8 @@ if os.environ.get("OAPL_ONE_DEVICE") == "1":
     ENGINE_POOL = LEARNER_POOL = "device"
 IN_ORDER, TWO_AT_ONCE = "oapl/in_order", "oapl/two_at_once"
 """Tags of Dagster's runs, with the name of our run as value, that the queue counts."""
+BACKFILL = "dagster/backfill"
+"""Dagster's own tag; a backfill that is launched from the assets and not from a job bears none of ours."""
 
 
 def instance_config(storage: str) -> dict[str, Any]:
@@ -41,7 +49,7 @@ def instance_config(storage: str) -> dict[str, Any]:
                 "max_concurrent_runs": 4,
                 "tag_concurrency_limits": [
                     {"key": key, "value": {"applyLimitPerUniqueValue": True}, "limit": limit}
-                    for key, limit in ((IN_ORDER, 1), (TWO_AT_ONCE, 2))
+                    for key, limit in ((IN_ORDER, 1), (TWO_AT_ONCE, 2), (BACKFILL, 1))
                 ],
             },
         },
@@ -76,8 +84,21 @@ def prepare_home(data: Path) -> Path:
 
 def _is_own(file: Path) -> bool:
     """Whether the file says just what this program writes, for whichever folder."""
-    found = yaml.safe_load(file.read_text(encoding="utf-8"))
     try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
         return bool(found == instance_config(found["storage"]["sqlite"]["base_dir"]))
-    except (KeyError, TypeError):
-        return False  # a person's own storage
+    except (KeyError, TypeError, yaml.YAMLError):
+        return False  # a person's own
+
+
+@contextlib.contextmanager
+def open_instance(home: Path) -> Iterator[dg.DagsterInstance]:
+    """The instance that `<home>/dagster.yaml` describes. Raises RequestError where that can't be had."""
+    import dagster as dg
+
+    try:
+        instance = dg.DagsterInstance.from_config(str(home))
+    except Exception as error:  # noqa: BLE001  (a person's storage can fail in any way, and its own words say how)
+        raise RequestError(f"{home / 'dagster.yaml'}: {' '.join(str(error).split())}") from None
+    with instance:
+        yield instance

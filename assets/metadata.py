@@ -104,6 +104,11 @@ def samples(run_path: Path, round: int, groups: int = 3, each: int = 3) -> dg.Ma
     return table(["prompt", "completion", "status", "reward", "detail"], rows)
 
 
+def tidy(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with numbers as a person writes them: six digits of a fraction, where Dagster shows seventeen."""
+    return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in metadata.items()}
+
+
 def snapshot_link(snapshot: Any, place: Path) -> dict[str, Any]:
     """Identity of a snapshot and of the one it was trained from."""
     return {

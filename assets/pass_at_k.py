@@ -5,7 +5,7 @@ import dagster as dg
 from assets import checks
 from assets.config import EvaluationConfig
 from assets.instance import ENGINE_POOL
-from assets.metadata import Made, picture, table
+from assets.metadata import Made, picture, table, tidy
 from assets.prompt_set import prompt_set
 from assets.resources import RunFolder, Step, step
 from assets.rounds import GROUP, PREFIX, rounds
@@ -75,22 +75,24 @@ def _result(work: Step) -> Made:
     previous = read_evaluation(before) if before.exists() else None
     write_report(work.run)
     return dg.MaterializeResult(
-        metadata={
-            **{f"pass@{k}": estimate.mean for k, estimate in found.overall.items()},
-            **{f"pass@1 {name}": ks[1].mean for name, ks in found.by_source.items() if 1 in ks},
-            "picture": picture(work.run.small_picture),
-            "estimates": _table(found),
-            "gain in pass@1": _gain(found, previous),
-            "mean tokens": found.mean_tokens,
-            "unscorable": found.unscorable,
-            "seconds": read_stages(work.run, work.round).get(STAGE, {}).get("seconds", 0.0),
-            "dagster/row_count": found.prompts,
-            "snapshot": found.snapshot_id,
-            "report": dg.MetadataValue.path(str(work.run.page)),
-            "summary": dg.MetadataValue.path(str(work.run.summary)),
-            "path": dg.MetadataValue.path(str(work.run.evaluation(work.round))),
-            **work.log_metadata(STAGE),
-        },
+        metadata=tidy(
+            {
+                **{f"pass@{k}": estimate.mean for k, estimate in found.overall.items()},
+                **{f"pass@1 {name}": ks[1].mean for name, ks in found.by_source.items() if 1 in ks},
+                "picture": picture(work.run.small_picture),
+                "estimates": _table(found),
+                "gain in pass@1": _gain(found, previous),
+                "mean tokens": found.mean_tokens,
+                "unscorable": found.unscorable,
+                "seconds": read_stages(work.run, work.round).get(STAGE, {}).get("seconds", 0.0),
+                "dagster/row_count": found.prompts,
+                "snapshot": found.snapshot_id,
+                "report": dg.MetadataValue.path(str(work.run.page)),
+                "summary": dg.MetadataValue.path(str(work.run.summary)),
+                "path": dg.MetadataValue.path(str(work.run.evaluation(work.round))),
+                **work.log_metadata(STAGE),
+            }
+        ),
         check_results=checks.of_evaluation(found, previous),
     )
 

@@ -6,16 +6,16 @@ import contextlib
 import fcntl
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import dagster as dg
 from pydantic import ValidationError
 
 from assets.config import CONFIGS, StepConfig
-from assets.rounds import PREFIX
+from assets.rounds import PREFIX, TAGS, round_of
 from assets.settings import Chosen
 from assets.supervisor import ChildFailed, run_child
 from pipeline.errors import OaplError, RequestError
@@ -28,15 +28,8 @@ FIRST_WAIT_S = 5.0
 """A device that was lost for a moment should not cost a night; what was committed before is not made again."""
 
 
-class RunFolder(dg.ConfigurableResource):  # type: ignore[type-arg]
-    """The run that the assets are about: its recipe and the data folder it lies in."""
-
-    root: str
-    recipe: str
-    overrides: list[str] = []  # noqa: RUF012  (pydantic copies it)
-
-    def open(self) -> tuple[Run, Recipe]:
-        return Chosen(Path(self.root), self.recipe, tuple(self.overrides)).open()
+RunFolder: TypeAlias = dg.ResourceParam[Chosen]
+"""The run that the assets are about. It has no config: the launchpad would show its paths among what one changes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +64,24 @@ class Step:
             raise
         note_stage(self.run, self.round, stage, seconds=time.monotonic() - started, **facts)
 
-    def start(self, stage: str, module: str, words: Sequence[object]) -> None:
-        """Runs `python -m module words...` to its end. Raises dagster.Failure with the child's one line."""
+    def start(
+        self, stage: str, module: str, words: Sequence[object], hear: Callable[[str], None] | None = None
+    ) -> None:
+        """Runs `python -m module words...` to its end. Raises dagster.Failure with the child's one line.
+
+        `hear` is called with each line of progress, which is said besides.
+        """
+
+        def tell(line: str) -> None:
+            self.say(line)
+            if hear is not None:
+                hear(line)
+
         log = self.run.log(stage, self.round)
         command = [sys.executable, "-m", *module.split(), *map(str, words)]
         self.say(f"{stage}: started; its whole output goes to {log}")
         try:
-            run_child(command, log, self.say, copy_to=sys.stderr)
+            run_child(command, log, tell, copy_to=sys.stderr)
         except ChildFailed as failed:
             self._try_again(stage, failed)
             raise dg.Failure(
@@ -110,10 +114,13 @@ def step(context: dg.AssetExecutionContext, folder: RunFolder, config: StepConfi
     """The work at hand. What is meant for a person becomes a Failure with that one line."""
     try:
         _refuse_nonsense(context, folder)
+        if not TAGS.items() <= context.run.tags.items():
+            # Launched from the lineage, and so by a job of Dagster's own: what opens rounds must see it.
+            context.instance.add_run_tags(context.run.run_id, TAGS)
         run, recipe = folder.open()
         if config is not None and (overrides := config.overrides()):
             recipe = load_recipe(str(run.recipe), overrides)
-        round = int(context.partition_key) if context.has_partition_key else 0
+        round = round_of(context.partition_key) if context.has_partition_key else 0
         with _alone(run, context.asset_key.path[-1], round):
             yield Step(context, run, recipe, round)
     except OaplError as error:

@@ -8,7 +8,7 @@ from assets import checks
 from assets.config import RolloutsConfig
 from assets.frozen_policy import frozen_policy
 from assets.instance import ENGINE_POOL
-from assets.metadata import Made, column_schema, lineage
+from assets.metadata import Made, column_schema, lineage, tidy
 from assets.prompt_set import prompt_set
 from assets.resources import RunFolder, Step, step
 from assets.rounds import GROUP, PREFIX, asset_key, rounds
@@ -97,29 +97,31 @@ def _result(work: Step) -> Made:
     entropy = -(numbers.logprob_mean or 0.0)
     work.say(f"{STAGE}: done, {manifest.rows:,} completions, {manifest.tokens:,} tokens in {seconds:.1f} s")
     return dg.MaterializeResult(
-        metadata={
-            "dagster/row_count": manifest.rows,
-            "groups": manifest.groups,
-            "tokens": manifest.tokens,
-            "tokens per second": manifest.tokens / seconds if seconds else 0.0,
-            "seconds": seconds,
-            "mean tokens": manifest.tokens / max(1, manifest.rows),
-            "cut at max_tokens": numbers.finish_reasons["length"] / max(1, manifest.rows),
-            "entropy, nats a token": entropy,
-            "bytes": numbers.bytes,
-            "snapshot": manifest.provenance.snapshot_id,
-            "sampling": dg.MetadataValue.json(manifest.provenance.sampling),
-            "digest": manifest.digest,
-            "path": dg.MetadataValue.path(str(folder)),
-            "dagster/column_lineage": lineage(
-                {
-                    "prompt_id": [(asset_key("prompt_set"), "prompt_id")],
-                    "prompt_tokens": [(asset_key("prompt_set"), "messages")],
-                    "completion": [(asset_key("prompt_set"), "messages")],
-                }
-            ),
-            **work.log_metadata(STAGE),
-        },
+        metadata=tidy(
+            {
+                "dagster/row_count": manifest.rows,
+                "groups": manifest.groups,
+                "tokens": manifest.tokens,
+                "tokens per second": manifest.tokens / seconds if seconds else 0.0,
+                "seconds": seconds,
+                "mean tokens": manifest.tokens / max(1, manifest.rows),
+                "cut at max_tokens": numbers.finish_reasons["length"] / max(1, manifest.rows),
+                "entropy, nats a token": entropy,
+                "bytes": numbers.bytes,
+                "snapshot": manifest.provenance.snapshot_id,
+                "sampling": dg.MetadataValue.json(manifest.provenance.sampling),
+                "digest": manifest.digest,
+                "path": dg.MetadataValue.path(str(folder)),
+                "dagster/column_lineage": lineage(
+                    {
+                        "prompt_id": [(asset_key("prompt_set"), "prompt_id")],
+                        "prompt_tokens": [(asset_key("prompt_set"), "messages")],
+                        "completion": [(asset_key("prompt_set"), "messages")],
+                    }
+                ),
+                **work.log_metadata(STAGE),
+            }
+        ),
         check_results=checks.of_rollouts(manifest, problems, entropy),
         data_version=dg.DataVersion(manifest.digest),
     )

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import dagster as dg
 
 from assets.settings import DEFAULT_RUN, chosen, partitions_name
+from pipeline.errors import RequestError
 from pipeline.layout import round_key
 
 CHOSEN = chosen()
@@ -40,9 +41,11 @@ def asset_key(name: str) -> dg.AssetKey:
     return dg.AssetKey([*PREFIX, name])
 
 
-def round_of(context: dg.AssetExecutionContext) -> int:
-    """The round that the step works on."""
-    return int(context.partition_key)
+def round_of(partition: str) -> int:
+    """The round that a partition stands for. Raises RequestError for others; a person can make some of any name."""
+    if not partition.isdecimal() or partition != round_key(int(partition)):
+        raise RequestError(f"partition {partition!r} is no round; rounds are named {round_key(0)}, {round_key(1)}, ...")
+    return int(partition)
 
 
 def unfinished(instance: dg.DagsterInstance, limit: int, round: int | None = None) -> Sequence[dg.DagsterRun]:

@@ -18,10 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from assets.instance import prepare_home
+from assets.instance import open_instance, prepare_home
 from assets.settings import DEFAULT_RUN, Chosen
 from pipeline.errors import OaplError, RequestError, WorkError
-from pipeline.layout import Run, round_key
+from pipeline.layout import Run, dagster_home, round_key
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.report import STAGES, name_of, write_report
 from pipeline.runs import open_run
@@ -128,13 +128,11 @@ def _is_done(run: Run, round: int) -> bool:
 
 def _materialise(run: Run, missing: list[int], console: Console) -> None:
     console.print("starting Dagster", style="dim")
-    import dagster as dg
-
     from assets import rounds, terminal
     from assets.definitions import defs
 
     job = defs.resolve_job_def("whole_round")
-    with dg.DagsterInstance.get() as instance:
+    with open_instance(dagster_home(run.data)) as instance:
         _settle_older_runs(instance, run)
         for round in missing:
             rounds.open_rounds(instance, round)

@@ -48,7 +48,7 @@ def run_child(
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     tail: deque[str] = deque(maxlen=LAST_LINES)
-    with log.open("a", encoding="utf-8", buffering=1) as file, _leashed(command, environment) as child:
+    with log.open("a", encoding="utf-8", buffering=1) as file, leashed(command, environment) as child:
         file.write(f"$ {' '.join(command)}\n")
         assert child.stdout is not None
         for line in child.stdout:
@@ -75,13 +75,16 @@ def _message(code: int, tail: Sequence[str]) -> str:
 
 
 @contextlib.contextmanager
-def _leashed(command: Sequence[str], environment: Mapping[str, str] | None) -> Iterator[subprocess.Popen[str]]:
+def leashed(
+    command: Sequence[str], environment: Mapping[str, str] | None, output: int | IO[bytes] = subprocess.PIPE
+) -> Iterator[subprocess.Popen[str]]:
+    """The command in a session of its own, with all it writes on `output`; nothing of it is left afterwards."""
     held, kept = os.pipe()
     try:
         child = subprocess.Popen(
             [sys.executable, "-I", "-S", leash.__file__, str(held), "--", *command],
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
+            stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
             pass_fds=(held,),

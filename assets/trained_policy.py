@@ -9,7 +9,8 @@ from assets import checks
 from assets.config import LearningConfig
 from assets.frozen_policy import frozen_policy
 from assets.instance import LEARNER_POOL
-from assets.metadata import Made, snapshot_link
+from assets.learning_curve import LABELS, LearningCurve, Observe
+from assets.metadata import Made, snapshot_link, tidy
 from assets.resources import RunFolder, Step, step
 from assets.rounds import GROUP, PREFIX, open_rounds, rounds, unfinished
 from assets.verdicts import verdicts
@@ -91,7 +92,19 @@ def _learn(work: Step) -> None:
         words: list[object] = ["--recipe", work.recipe_file(STAGE), "--rollouts", work.run.path, "--round", work.round]
         words += ["--policy", work.run.snapshot(_parent(work).snapshot_id), "--out", work.run.snapshots]
         words += ["--behaviour-policy", work.run.snapshot(_behaviour(work).snapshot_id)]
-        work.start(STAGE, "pipeline.cli train", words)
+        work.start(STAGE, "pipeline.cli train", words, LearningCurve(work.run.learning_log(work.round), _observe(work)))
+
+
+def _observe(work: Step) -> Observe:
+    """Numbers of some steps, among the events of the run and of the round while it is learned."""
+
+    def observe(step: int, means: dict[str, float]) -> None:
+        said = f"{STAGE}: step {step:,}, means since the last"
+        context = work.context
+        metadata = tidy({"step": step, **means})
+        context.log_event(dg.AssetObservation(context.asset_key, said, metadata, context.partition_key))
+
+    return observe
 
 
 def _result(work: Step) -> Made:
@@ -102,23 +115,22 @@ def _result(work: Step) -> Made:
     seconds = read_stages(work.run, work.round).get(STAGE, {}).get("seconds", 0.0)
     work.say(f"{STAGE}: done, {summary['steps']:,} steps to {snapshot.snapshot_id}, {seconds:.1f} s")
     return dg.MaterializeResult(
-        metadata={
-            "loss": last.get("loss", 0.0),
-            "log-ratio": last.get("log_ratio", 0.0),
-            "gradient norm": last.get("grad_norm", 0.0),
-            "optimizer steps": summary["steps"],
-            "lag, steps": last.get("lag", 0),
-            "log-probability gap": summary["logprob_gap"]["mean"],
-            "log-probability gap, largest": summary["logprob_gap"]["max_abs"],
-            "sequences": summary["sequences"],
-            "groups without variance": summary["uniform_groups"] / max(1, summary["groups"]),
-            "tokens per second": summary["tokens"] / max(1e-9, summary["seconds"]),
-            "seconds": seconds,
-            **snapshot_link(snapshot, work.run.snapshot(snapshot.snapshot_id)),
-            "parent path": dg.MetadataValue.path(str(parent)),
-            "learning by step": dg.MetadataValue.path(str(work.run.learning_log(work.round))),
-            **work.log_metadata(STAGE),
-        },
+        metadata=tidy(
+            {
+                **{label: last[name] for name, label in LABELS.items() if name in last},
+                "optimizer steps": summary["steps"],
+                "log-probability gap": summary["logprob_gap"]["mean"],
+                "log-probability gap, largest": summary["logprob_gap"]["max_abs"],
+                "sequences": summary["sequences"],
+                "groups without variance": summary["uniform_groups"] / max(1, summary["groups"]),
+                "tokens per second": summary["tokens"] / max(1e-9, summary["seconds"]),
+                "seconds": seconds,
+                **snapshot_link(snapshot, work.run.snapshot(snapshot.snapshot_id)),
+                "parent path": dg.MetadataValue.path(str(parent)),
+                "learning by step": dg.MetadataValue.path(str(work.run.learning_log(work.round))),
+                **work.log_metadata(STAGE),
+            }
+        ),
         check_results=checks.of_policy(
             work.run.snapshot(snapshot.snapshot_id), parent, summary, last, work.recipe.learning.max_logprob_gap
         ),

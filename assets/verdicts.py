@@ -7,7 +7,7 @@ import dagster as dg
 
 from assets import checks
 from assets.config import VerdictsConfig
-from assets.metadata import Made, column_schema, lineage, samples
+from assets.metadata import Made, column_schema, lineage, samples, tidy
 from assets.prompt_set import prompt_set
 from assets.resources import RunFolder, Step, step
 from assets.rollouts import rollouts
@@ -71,31 +71,33 @@ def _result(work: Step, summary: ScoringSummary) -> Made:
         for name, counts in summary.by_verifier.items()
     }
     return dg.MaterializeResult(
-        metadata={
-            "dagster/row_count": summary.rows,
-            "reward": reward,
-            **by_task,
-            "groups without variance": numbers.uniform_rate or 0.0,
-            "neither right nor wrong": summary.unsettled_share,
-            "seconds": seconds,
-            "statuses": dg.MetadataValue.json(summary.statuses),
-            "verifiers": dg.MetadataValue.json(summary.versions),
-            "isolation": dg.MetadataValue.json(summary.isolation),
-            "samples": samples(work.run.path, work.round),
-            "path": dg.MetadataValue.path(str(work.run.verdicts(work.round))),
-            "dagster/column_lineage": lineage(
-                {
-                    "rollout_id": [(asset_key("rollouts"), "rollout_id")],
-                    **{
-                        name: [
-                            (asset_key("rollouts"), "completion"),
-                            (asset_key("prompt_set"), "answer"),
-                            (asset_key("prompt_set"), "tests"),
-                        ]
-                        for name in ("status", "reward", "detail")
-                    },
-                }
-            ),
-        },
+        metadata=tidy(
+            {
+                "dagster/row_count": summary.rows,
+                "reward": reward,
+                **by_task,
+                "groups without variance": numbers.uniform_rate or 0.0,
+                "neither right nor wrong": summary.unsettled_share,
+                "seconds": seconds,
+                "statuses": dg.MetadataValue.json(summary.statuses),
+                "verifiers": dg.MetadataValue.json(summary.versions),
+                "isolation": dg.MetadataValue.json(summary.isolation),
+                "samples": samples(work.run.path, work.round),
+                "path": dg.MetadataValue.path(str(work.run.verdicts(work.round))),
+                "dagster/column_lineage": lineage(
+                    {
+                        "rollout_id": [(asset_key("rollouts"), "rollout_id")],
+                        **{
+                            name: [
+                                (asset_key("rollouts"), "completion"),
+                                (asset_key("prompt_set"), "answer"),
+                                (asset_key("prompt_set"), "tests"),
+                            ]
+                            for name in ("status", "reward", "detail")
+                        },
+                    }
+                ),
+            }
+        ),
         check_results=checks.of_verdicts(work.run.verdicts(work.round), summary, numbers),
     )

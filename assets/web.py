@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import socket
+import subprocess
 import sys
+import time
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
 import yaml
 
-from assets.instance import prepare_home
+from assets.instance import open_instance, prepare_home
 from assets.settings import DEFAULT_RUN, Chosen, partitions_name
-from pipeline.errors import OaplError, RequestError
+from assets.supervisor import leashed
+from pipeline.errors import OaplError, RequestError, WorkError
 from pipeline.layout import Run, round_key
 from pipeline.recipe import load_recipe
 
 HOST = "127.0.0.1"
+END_S = 20.0
+"""Given to web server, daemon and the steps under way to end in order."""
+INTERRUPTED = 130
+OPENING = ("next_round", "nightly_retraining")
 LOCATION = """\
 # Written by `oapl ui`: the code location of one run.
 import os
@@ -38,23 +47,78 @@ def main() -> int:
         runs = locations(root, arguments.recipe, tuple(arguments.set))
         workspace = write_workspace(home, runs)
         open_first_rounds(home, runs)
+        _say(f"starting Dagster over {root}")
+        for line in what_is_there(home, runs):
+            _say(line)
+        _serve(home, workspace, arguments)
     except OaplError as error:
-        sys.stderr.write(f"oapl: {error}\n")
+        _say(f"oapl: {error}")
         return error.exit_code
-    return _become_dagster(home, workspace, arguments)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return 0
 
 
-def _become_dagster(home: Path, workspace: Path, arguments: argparse.Namespace) -> NoReturn:
-    """Replaces this process, so that a signal to `oapl ui` reaches Dagster, which ends all that it started."""
-    os.environ["DAGSTER_HOME"] = str(home)
-    # A shell starts background jobs with interrupts ignored; a run of Dagster is cancelled by one.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    sys.stderr.write(f"Dagster's UI: http://{HOST}:{arguments.port} (Ctrl-C ends it)\n")
-    sys.stderr.flush()
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError):  # the terminal may be gone, and that be why all ends
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
+
+
+def what_is_there(home: Path, runs: dict[str, Chosen]) -> Iterator[str]:
+    """For the terminal: the runs, and what a person turned on that opens rounds by itself."""
+    made = {name: len(list(Run(run.root, name).path.glob("evaluations/round=*.parquet"))) for name, run in runs.items()}
+    yield "runs: " + ", ".join(f"{name} ({count} round{'s' * (count != 1)})" for name, count in made.items())
+    with open_instance(home) as instance:
+        states = instance.all_instigator_state()
+    on = [f"{state.name} of {state.repository_selector.location_name}" for state in states if state.is_running]
+    if opening := [name for name in on if name.startswith(OPENING)]:
+        yield f"rounds open by themselves: {', '.join(opening)}"
+
+
+def _serve(home: Path, workspace: Path, arguments: argparse.Namespace) -> None:
+    """Runs Dagster's web server and daemon until a signal ends them. Raises WorkError where they end by themselves.
+
+    They are in a session of their own, so that they hear of a Ctrl-C once, and go where this process is killed.
+    """
+    address, log = f"http://{HOST}:{arguments.port}", home / "ui.log"
+    if log.exists():
+        log.replace(home / "ui.before.log")
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a shell starts background jobs with SIGINT ignored
+        signal.signal(number, signal.default_int_handler)
     # Dagster's own next tool is no part of this project.
-    words = ["-W", "ignore:Function `dev_command`"]
-    words += ["-m", "dagster", "dev", "--workspace", str(workspace), "--host", HOST, "--port", str(arguments.port)]
-    os.execv(sys.executable, [sys.executable, *words, "--log-level", arguments.log_level])
+    command = [sys.executable, "-W", "ignore:Function `dev_command`", "-m", "dagster", "dev"]
+    command += ["--workspace", str(workspace), "--host", HOST, "--port", str(arguments.port)]
+    command += ["--log-level", arguments.log_level]
+    with log.open("wb") as file, leashed(command, {"DAGSTER_HOME": str(home)}, file) as dagster:
+        try:
+            while dagster.poll() is None and not _answers(address):
+                time.sleep(0.3)
+            if dagster.poll() is None:
+                _say(f"{address} is up; Dagster's own words go to {log}")
+                _say("Ctrl-C ends it, and what it works on")
+            code = dagster.wait()
+        except KeyboardInterrupt:
+            _say("ending Dagster")
+            _end(dagster)
+            return
+    raise WorkError(f"Dagster ended by itself, with status {code}; the reason is in {log}")
+
+
+def _answers(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{address}/server_info", timeout=5):
+            return True
+    except OSError:
+        return False  # not yet
+
+
+def _end(dagster: subprocess.Popen[str]) -> None:
+    """What a terminal's Ctrl-C does: an interrupt for all of the session. The leash ends what makes light of it."""
+    # It may be gone already; or somebody does not want to wait.
+    with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired, KeyboardInterrupt):
+        os.killpg(dagster.pid, signal.SIGINT)
+        dagster.wait(END_S)
 
 
 def _arguments() -> argparse.Namespace:
@@ -63,7 +127,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--root", type=Path, default=Path("data"))
     parser.add_argument("--recipe", default=DEFAULT_RUN)
     parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE")
-    parser.add_argument("--log-level", default="error")
+    parser.add_argument("--log-level", default="warning")
     return parser.parse_args()
 
 
@@ -92,9 +156,7 @@ def locations(root: Path, recipe: str, overrides: tuple[str, ...]) -> dict[str, 
 
 def open_first_rounds(home: Path, runs: dict[str, Chosen]) -> None:
     """Makes round 0 a partition of each run, so that it can be launched; a round that is done opens the next."""
-    import dagster as dg
-
-    with dg.DagsterInstance.from_config(str(home)) as instance:
+    with open_instance(home) as instance:
         for name in runs:
             if not instance.get_dynamic_partitions(partitions_name(name)):
                 instance.add_dynamic_partitions(partitions_name(name), [round_key(0)])

@@ -56,8 +56,13 @@ def write_recipe(folder: Path, **changes: Any) -> Path:
     return place
 
 
-def child_environment() -> dict[str, str]:
-    return dict(os.environ) | {"PYTHONPATH": str(HERE)}
+QUICK_ENGINE = HERE / "quick_engine"
+"""On PYTHONPATH, it stands in for vLLM."""
+
+
+def child_environment(*folders: Path) -> dict[str, str]:
+    # This tree comes first: what is installed may be another one.
+    return dict(os.environ) | {"PYTHONPATH": os.pathsep.join(map(str, (REPOSITORY, HERE, *folders)))}
 
 
 def run_rounds(*words: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from asset_world import HERE, World, run_rounds, write_recipe
+from asset_world import World, child_environment, run_rounds, write_recipe
 
 
 @pytest.fixture(scope="session")
@@ -21,7 +21,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         assert made.returncode == 0, made.stderr
         said.write_text(made.stderr)
     before = dict(os.environ)
-    os.environ |= {"OAPL_ROOT": str(folder / "data"), "OAPL_RECIPE": str(recipe), "PYTHONPATH": str(HERE)}
+    os.environ |= child_environment() | {"OAPL_ROOT": str(folder / "data"), "OAPL_RECIPE": str(recipe)}
     yield World(folder / "data", recipe, said.read_text())
     os.environ.clear()
     os.environ |= before

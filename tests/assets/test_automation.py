@@ -112,7 +112,7 @@ def test_a_failure_is_posted(
 ) -> None:
     from assets.automation import report_failures
     from assets.definitions import defs
-    from assets.resources import RunFolder
+    from assets.settings import Chosen
 
     heard: list[dict[str, Any]] = []
 
@@ -133,7 +133,7 @@ def test_a_failure_is_posted(
         partition_key="0003",
         raise_on_error=False,
         run_config={"loggers": {"terminal": {}}},
-        resources={"run_folder": RunFolder(root=str(tmp_path), recipe=str(world.recipe))},
+        resources={"run_folder": Chosen(tmp_path, str(world.recipe))},
     )
     try:
         context = dg.build_run_status_sensor_context(

@@ -10,6 +10,7 @@ from typing import Any
 
 import dagster as dg
 import pytest
+import yaml
 from asset_world import World, run_rounds, write_recipe
 
 from pipeline.rollouts.schema import STATUSES
@@ -25,14 +26,14 @@ def instance(world: World) -> Iterator[dg.DagsterInstance]:
 
 def materialise(world: World, instance: dg.DagsterInstance, job: str, root: Path | None = None, **settings: Any) -> Any:
     from assets.definitions import defs
-    from assets.resources import RunFolder
+    from assets.settings import Chosen
 
     return defs.resolve_job_def(job).execute_in_process(
         instance=instance,
         partition_key="0000",
         raise_on_error=False,
         run_config={"loggers": {"terminal": {}}, **settings},
-        resources={"run_folder": RunFolder(root=str(root or world.root), recipe=str(world.recipe))},
+        resources={"run_folder": Chosen(root or world.root, str(world.recipe))},
     )
 
 
@@ -173,6 +174,51 @@ def test_a_damaged_shard_stops_the_round(world: World, instance: dg.DagsterInsta
         assert {check.check_name: check.blocking for check in failed} == {"schema_and_counts": True, "entropy": False}
         made = {event.asset_key.path[-1] for event in result.get_asset_materialization_events()}
         assert made == {"prompt_set", "frozen_policy", "rollouts"}
+
+
+def test_the_launchpad_offers_settings_and_no_paths(world: World) -> None:
+    from dagster._core.snap import JobSnap
+    from dagster._core.snap.snap_to_yaml import default_values_yaml_from_type_snap
+
+    from assets.config import CONFIGS
+    from assets.definitions import defs
+
+    job = JobSnap.from_job_def(defs.resolve_job_def("whole_round"))
+    schema = job.config_schema_snapshot
+    shown = default_values_yaml_from_type_snap(schema, schema.get_config_snap(job.mode_def_snaps[0].root_config_key))
+    offered = yaml.safe_load(shown)
+    assert list(offered) == ["ops"] and set(offered["ops"]) == set(CONFIGS)
+    assert offered["ops"]["rollouts"]["config"]["prompts"] == 12
+    assert str(world.root) not in shown
+
+
+def test_what_the_lineage_launches_is_seen_as_work_on_the_round(world: World, instance: dg.DagsterInstance) -> None:
+    """Such runs come without our tags; automation looks for those."""
+    from assets.definitions import defs
+
+    result = defs.resolve_implicit_global_asset_job_def().execute_in_process(
+        instance=instance,
+        partition_key="0000",
+        asset_selection=[dg.AssetKey("frozen_policy")],
+        run_config={"loggers": {"terminal": {}}},
+    )
+    run = instance.get_run_by_id(result.run_id)
+    assert result.success and run is not None and run.tags["oapl/run"] == "tiny"
+
+
+@pytest.mark.parametrize("partition", ["first", "7", "-001", "²"])
+def test_a_partition_that_is_no_round_says_so(world: World, instance: dg.DagsterInstance, partition: str) -> None:
+    from assets.definitions import defs
+
+    instance.add_dynamic_partitions("rounds", [partition])
+    try:
+        result = defs.resolve_job_def("generation_round").execute_in_process(
+            instance=instance, partition_key=partition, raise_on_error=False, run_config={"loggers": {"terminal": {}}}
+        )
+        said = failure(result, "frozen_policy")
+        assert said == f"partition {partition!r} is no round; rounds are named 0000, 0001, ..."
+    finally:
+        instance.delete_dynamic_partition("rounds", partition)
 
 
 def test_a_round_without_a_policy_says_so(world: World, instance: dg.DagsterInstance) -> None:

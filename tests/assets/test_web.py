@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from asset_world import REPOSITORY
+import dagster as dg
+import psutil
+import pytest
+from asset_world import REPOSITORY, World, child_environment, write_recipe
+from dagster_site import Site, wait_for
 
 from assets.instance import prepare_home
-from assets.web import locations, open_first_rounds, write_workspace
+from assets.web import locations, open_first_rounds, what_is_there, write_workspace
 from pipeline.layout import Run
 from pipeline.recipe import load_recipe
 from pipeline.runs import open_run
@@ -64,3 +73,118 @@ def test_a_port_in_use_is_one_line(tmp_path: Path) -> None:
     assert refused.returncode == 2
     assert refused.stderr.startswith("oapl: --port") and refused.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def below(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+@contextmanager
+def started(root: Path, *words: str) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
+    """`oapl ui` in a shell's background, once it is up, and what it said until then."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "assets.web", "--root", str(root), "--port", str(port), *words]
+    ignoring = ["sh", "-c", "trap '' INT; exec \"$@\"", "sh", *command]
+    process = subprocess.Popen(ignoring, cwd=REPOSITORY, env=child_environment(), stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    said = []
+    try:
+        for line in process.stderr:
+            said.append(line.rstrip())
+            if line.startswith("Ctrl-C"):
+                break
+        yield process, said
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_the_terminal_says_where_it_is_and_how_it_ends(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    with started(root) as (process, said):
+        assert said[:2] == [f"starting Dagster over {root}", "runs: tiny (0 rounds)"]
+        log = root / "dagster" / "ui.log"
+        assert re.fullmatch(rf"http://127.0.0.1:\d+ is up; Dagster's own words go to {log}", said[2])
+        assert said[3:] == ["Ctrl-C ends it, and what it works on"] and log.exists()
+        family = below(process)
+        assert len(family) > 3  # the leash, Dagster, its web server, daemon, and code server
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=40)[1] == "ending Dagster\n"
+        assert process.returncode == 0
+        assert not [one for one in family if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.parametrize("module", ["assets.web", "assets.run_rounds"])
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("max_concurrent_runs: 4", "max_concurrent_runs: many", 'max_concurrent_runs. Value "many"'),
+        ("sqlite:", "postgres:", "postgres"),
+        ("telemetry:", "telemetry: ]", "while parsing"),
+    ],
+)
+def test_a_spoilt_instance_file_is_one_line(tmp_path: Path, module: str, old: str, new: str, said: str) -> None:
+    file = prepare_home(tmp_path) / "dagster.yaml"
+    file.write_text(file.read_text().replace(old, new))
+    refused = subprocess.run(
+        [sys.executable, "-m", module, "--root", str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr
+    line = refused.stderr.splitlines()[-1]
+    assert line.startswith(f"oapl: {file}: ") and said in line
+
+
+def test_where_dagster_ends_by_itself_the_log_is_named(tmp_path: Path) -> None:
+    words = ["-m", "assets.web", "--root", str(tmp_path), "--port", "0", "--log-level", "loud"]
+    failed = subprocess.run([sys.executable, *words], cwd=REPOSITORY, capture_output=True, text=True)
+    log = tmp_path / "dagster" / "ui.log"
+    assert failed.returncode == 1 and "'loud'" in log.read_text()
+    assert failed.stderr.endswith(f"oapl: Dagster ended by itself, with status 2; the reason is in {log}\n")
+
+
+def test_what_a_person_turned_on_is_said(tmp_path: Path) -> None:
+    from dagster._core.remote_origin import RegisteredCodeLocationOrigin as Location
+    from dagster._core.remote_origin import RemoteInstigatorOrigin, RemoteRepositoryOrigin
+    from dagster._core.scheduler.instigation import (
+        InstigatorState,
+        InstigatorStatus,
+        InstigatorType,
+        SensorInstigatorData,
+    )
+
+    home = prepare_home(tmp_path)
+    repository = RemoteRepositoryOrigin(Location("tiny"), "__repository__")
+    with dg.DagsterInstance.from_config(str(home)) as instance:
+        for name in ("known_rounds", "next_round"):
+            origin = RemoteInstigatorOrigin(repository, name)
+            data = SensorInstigatorData(min_interval=15)
+            instance.add_instigator_state(
+                InstigatorState(origin, InstigatorType.SENSOR, InstigatorStatus.RUNNING, data)
+            )
+    assert list(what_is_there(home, locations(tmp_path, "tiny", ()))) == [
+        "runs: tiny (0 rounds)",
+        "rounds open by themselves: next_round of tiny",
+    ]
+
+
+@pytest.mark.system  # a minute
+def test_what_it_works_on_ends_with_it(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, policy={"cold_start": {"steps": 100_000, "vocabulary": 448}})
+    root = tmp_path / "data"
+    with started(root, "--recipe", str(recipe)) as (process, said):
+        site = Site(said[2].split()[0], World(root, recipe, ""))
+        run_id = site.launch("whole_round", "0000")
+        log = root / "runs" / "tiny" / "logs" / "round=0000" / "start.log"
+        wait_for(lambda: log.exists() and "cold start: " in log.read_text(), 100, "the cold start")
+        family = below(process)
+        assert any("trainer.cold_start" in one.cmdline() for one in family)
+        process.send_signal(signal.SIGINT)
+        asked = time.monotonic()
+        process.communicate(timeout=60)
+        assert not [one for one in family if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+        assert time.monotonic() - asked < 30
+    with dg.DagsterInstance.from_config(str(root / "dagster")) as instance:
+        run = instance.get_run_by_id(run_id)
+    assert run is not None and run.is_finished, run and run.status

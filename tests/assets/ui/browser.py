@@ -133,6 +133,7 @@ def test_lineage_shows_the_seven_assets(browser: Browser) -> None:
 def test_a_round_is_launched_with_another_beta2(browser: Browser, site: Site) -> None:
     def change(text: str) -> str:
         assert "beta2: 0.2" in text  # the recipe's own value is offered
+        assert str(site.world.root) not in text
         return text.replace("beta2: 0.2", "beta2: 0.35")
 
     run_id = launch(browser, "0001", change, "dagster-launchpad")
