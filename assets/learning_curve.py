@@ -21,6 +21,7 @@ LABELS = {
     "log_ratio": "log-ratio",
     "kl_k3": "KL, nats a token",
     "surprise": "surprise, nats a token",
+    "entropy": "entropy, nats a token",
     "grad_norm": "gradient norm",
     "learning_rate": "learning rate",
     "lag": "lag, steps",
