@@ -5,13 +5,16 @@ import fcntl
 import dagster as dg
 
 from assets.metadata import Made, snapshot_link
+from assets.prompt_set import prompt_set
 from assets.resources import RunFolder, Step, step
 from assets.rounds import GROUP, PREFIX, asset_key, rounds
 from pipeline import snapshots
 from pipeline.report import START
 
 
-@dg.asset(key_prefix=PREFIX, partitions_def=rounds, group_name=GROUP, kinds={"huggingface"})
+# No prompt is read here. But a backfill makes what depends on nothing first, for all rounds, in runs of its own: round
+# 1's policy would be asked for before round 0 had published it.
+@dg.asset(key_prefix=PREFIX, partitions_def=rounds, deps=[prompt_set], group_name=GROUP, kinds={"huggingface"})
 def frozen_policy(context: dg.AssetExecutionContext, run_folder: RunFolder) -> Made:
     """The snapshot that the round is generated with: the head of a round.
 

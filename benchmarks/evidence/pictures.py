@@ -12,6 +12,8 @@ from pipeline.comparison.pictures import MORE
 from pipeline.plots import COLOURS, FAINT, INK, plain
 
 PIXELS, WIDTH = 1300, 11.5
+SHOWN = ("oapl", "grpo", "grpo-paper")
+"""grpo-truncated lies on grpo where engine and trainer agree."""
 Tables = dict[str, pl.DataFrame]
 
 
@@ -75,7 +77,7 @@ def _lines(axis: Any, table: pl.DataFrame, x: str, labels: str, title: str, unde
 
 def _by_lag(task: str, metric: str, title: str) -> Callable[[Any, Tables], None]:
     def panel(axis: Any, tables: Tables) -> None:
-        lags = _last(tables["lags"], task, metric).filter(pl.col("variant").is_in(["oapl", "grpo", "grpo-paper"]))
+        lags = _last(tables["lags"], task, metric).filter(pl.col("variant").is_in(SHOWN))
         _lines(
             axis, lags, "lag", "lower left" if task == "all" else "", title, "lag, optimizer steps between snapshots"
         )
@@ -121,11 +123,11 @@ def _by_samples(axis: Any, tables: Tables) -> None:
 def _by_step(table: str, lag: int, task: str, metric: str, title: str) -> Callable[[Any, Tables], None]:
     def panel(axis: Any, tables: Tables) -> None:
         part = tables[table].filter((pl.col("task") == task) & (pl.col("metric") == metric) & (pl.col("lag") == lag))
-        names = part["variant"].unique(maintain_order=True).to_list()
+        names = [name for name in SHOWN if name in part["variant"]]
         for name in names:
             one, colour = part.filter(pl.col("variant") == name), _colour(name, names)
             means = one.group_by("step").agg(pl.col("value").mean()).sort("step")
-            smooth = means["value"].rolling_mean(9, min_samples=1, center=True) if task == "train" else means["value"]
+            smooth = means["value"].rolling_mean(25, min_samples=1, center=True) if task == "train" else means["value"]
             for seed in one.sort("seed").partition_by("seed", maintain_order=True):
                 axis.plot(seed.sort("step")["step"], seed.sort("step")["value"], color=colour, alpha=0.2, linewidth=0.7)
             axis.plot(means["step"], smooth, color=colour, linewidth=1.8, label=name)
@@ -209,10 +211,10 @@ PICTURES: dict[str, tuple[str, list[Callable[[Any, Tables], None]], tuple[str, .
     "choices": (
         "Lag 64: what stands for the behaviour policy, uniform groups, epochs and replay",
         [
-            _dots("behaviour", "Behaviour log-probabilities"),
+            _dots("behaviour-bfloat16", "Behaviour log-probabilities, bfloat16 engine"),
             _dots("groups", "Groups without variance"),
             _dots("epochs", "Epochs over one stored round"),
         ],
-        ("behaviour", "groups", "epochs"),
+        ("behaviour-bfloat16", "groups", "epochs"),
     ),
 }
