@@ -21,7 +21,7 @@ from pipeline.progress import Progress
 from pipeline.recipe import Learning, Recipe
 from pipeline.rollouts.locate import Located, locate
 from pipeline.rollouts.store import Manifest
-from trainer import batches, checkpoints, insight, packing, reference
+from trainer import batches, checkpoints, insight, packing, reference, sequence
 from trainer import engine as engines
 from trainer.batches import Pass, View
 from trainer.losses import EXTRA, LOSSES, Batch, Settings, diagnostics
@@ -165,8 +165,9 @@ class _Learner:
         self.work, self.view, self.parent = work, view, parent
         self.behaviour = snapshots.load_record(work.behaviour) if work.behaviour else parent
         """The snapshot that engine and trainer are compared on, and that is recomputed."""
-        self._start(work.behaviour or work.policy)
         self.settings = work.recipe.learning
+        self.team = sequence.form(self.settings.sequence_parallel)
+        self._start(work.behaviour or work.policy)
         self.loss_settings = Settings(**{name: getattr(self.settings, name) for name in Settings.__slots__})
         self.names = (*SUMS, *EXTRA[self.settings.loss])
         self.device = self.engine.device
@@ -193,15 +194,16 @@ class _Learner:
             del self.engine
             gc.collect()
         temperature = _temperature(self.view, self.work.recipe.generation.temperature)
-        self.engine = engines.start(self.work.recipe, policy, temperature)
+        self.engine = engines.start(self.work.recipe, policy, temperature, self.team)
 
     # Each rank computes the same plan from the same index, so nothing needs to be sent.
     def _plan(self, rows: Sequence[int]) -> list[list[int]]:
         """This rank's forward passes. All ranks get equally many: collectives in them must pair up."""
-        shares = batches.split_over_ranks(rows, self.view.sizes, self.ranks)
-        plans = [batches.micro_batches(share, self.view.sizes, self.settings.micro_batch_tokens) for share in shares]
+        shares = batches.split_over_ranks(rows, self.view.sizes, self.team.count)
+        budget = self.settings.micro_batch_tokens * self.team.size
+        plans = [batches.micro_batches(share, self.view.sizes, budget) for share in shares]
         passes = max(len(plan) for plan in plans)
-        mine = plans[dist.get_rank()]
+        mine = plans[self.team.number]
         return mine + [[]] * (passes - len(mine))
 
     def _pass(self, rows: Sequence[int]) -> Pass:
@@ -279,7 +281,7 @@ class _Learner:
                     )
                 blocks = [block for block in self.view.blocks if block.place == place]
                 found = reference.recompute(
-                    folder, identity, blocks, self.settings, self.pad, self._logprobs, self.device
+                    folder, identity, blocks, self.settings, self.pad, self._logprobs, self.device, self.team
                 )
             self.view.attach(place, found)
 
@@ -307,7 +309,7 @@ class _Learner:
         gaps = insight.Gap(self.device), insight.Gap(self.device)
         for part in self._plan(rows.tolist()):
             batch = self._scored(self._pass(part))
-            if part:
+            if part and self.team.leads:
                 gaps[0].add(batch.logprobs, batch.behaviour, batch.mask)
                 gaps[1].add(batch.logprobs, batch.sampled, batch.mask)
         behaviour, sampled = (gap.over_ranks() for gap in gaps)
@@ -358,11 +360,12 @@ class _Learner:
             batch = self._scored(taken)
             losses, metrics = LOSSES[self.settings.loss](batch, self.loss_settings)
             # Mean over the global batch: DeepSpeed averages gradients over ranks, so each rank's share is scaled up.
+            # The ranks of a team each have the gradient of their own positions, which is such a share as well.
             self.engine.backward(losses.sum() * (self.ranks / len(rows) if part else 0.0))
             if number == len(plan) - 1:
                 norm = self._plain_norm()
             self.engine.step()
-            if part:
+            if part and self.team.leads:
                 metrics |= {"loss": losses.detach().sum(), "tokens": batch.mask.sum(), **diagnostics(batch)}
                 metrics |= self._counts(part, taken)
                 sums += torch.stack([metrics[name].double().to(self.device) for name in self.names])
