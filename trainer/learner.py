@@ -6,10 +6,10 @@ import gc
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -76,7 +76,7 @@ def learn(work: Round) -> dict[str, Any]:
     settings = work.recipe.learning
     _refuse_missing_packages(settings)
     parent = snapshots.load_record(work.policy)
-    view = View([work.data, *_replayed(work)], settings)
+    view = _from_rank_0(lambda: View([work.data, *_replayed(work)], settings))
     _refuse_foreign_tokens(parent, view, work)
     learner = _Learner(work, view, parent)
     learner.prepare()
@@ -103,6 +103,25 @@ def learn(work: Round) -> dict[str, Any]:
         work.log.with_suffix(".json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     checkpoints.delete(work.checkpoints)
     return summary
+
+
+Made = TypeVar("Made")
+
+
+def _from_rank_0(make: Callable[[], Made]) -> Made:
+    """What rank 0 makes, on every rank, or the OaplError that it raised. Each rank calls it."""
+    made: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            made = [make()]
+        except OaplError as error:  # the other ranks wait for the answer
+            made = [error]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(made)
+    if isinstance(made[0], OaplError):
+        raise made[0]
+    found: Made = made[0]
+    return found
 
 
 def _replayed(work: Round) -> list[Located]:
@@ -430,18 +449,9 @@ class _Learner:
     def publish(self) -> snapshots.Snapshot:
         """Writes the next snapshot. Raises WorkError, publishing nothing, where a weight is not finite."""
         state = engines.gathered(self.engine, self.settings)
-        chosen: list[Any] = [None]
-        if dist.get_rank() == 0:
-            try:
-                chosen = [self._published(state)]
-            except OaplError as error:  # the other ranks wait for the answer
-                chosen = [error]
-        if self.ranks > 1:
-            dist.broadcast_object_list(chosen)
-        if isinstance(chosen[0], OaplError):
-            raise chosen[0]
-        engines.keep_moments(self.engine, self.work.out, chosen[0], self.parent.snapshot_id, self.settings)
-        return snapshots.load_record(self.work.out / chosen[0])
+        chosen = _from_rank_0(lambda: self._published(state))
+        engines.keep_moments(self.engine, self.work.out, chosen, self.parent.snapshot_id, self.settings)
+        return snapshots.load_record(self.work.out / chosen)
 
     def _published(self, state: dict[str, torch.Tensor]) -> str:
         for name, weight in state.items():

@@ -103,7 +103,7 @@ def learn_on(
         for rank in range(count)
     ]
     for rank in ranks:
-        _, errors = rank.communicate(timeout=300)
+        _, errors = rank.communicate(timeout=900)
         assert rank.returncode == 0, errors
     return {name: learned(work.out) for name, work in zip(rounds, works, strict=True)}
 
@@ -127,7 +127,8 @@ def assert_same_round(one: Learned, other: Learned) -> None:
     for ours, theirs in zip(one.log, other.log, strict=True):
         assert ours["tokens"] == theirs["tokens"]
         for key in ("loss", "grad_norm", "surprise", "log_ratio_abs"):
-            assert ours[key] == pytest.approx(theirs[key], rel=1e-4), key
+            # Recomputed, the first step's log-ratio is rounding alone.
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-5), key
     assert one.summary["logprob_gap"] == pytest.approx(other.summary["logprob_gap"], abs=1e-6)
     for key, value in one.weights().items():
         torch.testing.assert_close(value, other.weights()[key], rtol=0, atol=2e-5)
