@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -65,8 +66,9 @@ def runs_as(settings: Learning) -> int:
 
 
 def pass_tokens(recipe: Recipe) -> int:
-    """Positions of the largest forward pass: the budget, or one longest sequence."""
-    return max(recipe.learning.micro_batch_tokens, recipe.generation.max_model_len)
+    """Positions of the largest forward pass on one rank: the budget, or its share of one longest sequence."""
+    longest = math.ceil(recipe.generation.max_model_len / recipe.learning.sequence_parallel)
+    return max(recipe.learning.micro_batch_tokens, longest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,10 +191,11 @@ def advice(recipe: Recipe, shape: Shape, given: Given, made: Plan) -> Iterator[s
     longest = recipe.for_evaluation().max_model_len
     if shape.longest is not None and longest > shape.longest:
         yield f"the model knows {shape.longest:,} positions, and {longest:,} are asked for; lower max_tokens"
-    if settings.micro_batch_tokens < generation.max_model_len:
+    if settings.micro_batch_tokens * settings.sequence_parallel < generation.max_model_len:
         yield (
             f"learner: one sequence may have {generation.max_model_len:,} tokens, more than "
-            f"learning.micro_batch_tokens={settings.micro_batch_tokens:,}; memory is by the sequence"
+            f"learning.micro_batch_tokens={settings.micro_batch_tokens:,}; memory is by the sequence, which "
+            "learning.sequence_parallel shares among ranks"
         )
     if given.gpus is not None and settings.ranks > given.gpus:
         yield f"learner: learning.ranks={settings.ranks} are more than {given.gpus} cards; set learning.ranks"

@@ -155,6 +155,9 @@ class Learning(_Part):
     max_logprob_gap: Annotated[float, Field(gt=0)] = 0.05
     """Largest admitted |mean(recomputed - engine)| in nats a token, measured before learning."""
     ranks: Positive = 1
+    sequence_parallel: Positive = 1
+    """Ranks that share each forward pass, for long sequences: each keeps that share of its activations. Divides `ranks`
+    and the policy's attention heads."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
     offload: Literal["none", "optimizer", "all"] = "none"
     """What DeepSpeed keeps in the host's memory: the optimizer (from zero_stage 1), or weights, too (zero_stage 3)."""
@@ -180,8 +183,13 @@ class Learning(_Part):
 
     @model_validator(mode="after")
     def _splits(self) -> Learning:
-        if self.batch_size % self.ranks:
-            raise ValueError(f"batch_size {self.batch_size} must be a multiple of ranks {self.ranks}")
+        teams, left_over = divmod(self.ranks, self.sequence_parallel)
+        if left_over:
+            raise ValueError(f"ranks {self.ranks} must be a multiple of sequence_parallel {self.sequence_parallel}")
+        if self.sequence_parallel > 1 and not self.packing:
+            raise ValueError("sequence_parallel splits packed batches; leave packing on")
+        if self.batch_size % teams:
+            raise ValueError(f"batch_size {self.batch_size} must be a multiple of {teams} (ranks / sequence_parallel)")
         return self
 
     @model_validator(mode="after")

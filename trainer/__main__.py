@@ -7,8 +7,11 @@ starts as many as the recipe asks for through torchrun's own launcher.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import re
+import signal
 import socket
 import sys
 import tempfile
@@ -50,16 +53,45 @@ def main() -> None:
             _launch(ranks)
     except OaplError as error:
         if "OAPL_ERROR_FILE" in os.environ:
-            # A rank of ours: the launcher tells the person, once.
-            Path(os.environ["OAPL_ERROR_FILE"]).write_text(json.dumps([error.exit_code, str(error)]), encoding="utf-8")
+            # A rank of ours: the launcher tells the person, once. The first to fail says why.
+            path = Path(os.environ["OAPL_ERROR_FILE"])
+            with contextlib.suppress(FileExistsError), path.open("x", encoding="utf-8") as file:
+                json.dump([error.exit_code, str(error)], file)
         else:
             sys.stderr.write(f"oapl: {error}\n")
         sys.exit(error.exit_code)
 
 
+def _lost(error: RuntimeError) -> WorkError | None:
+    """What to say where other ranks have gone; null where the error is of another kind."""
+    import torch.distributed as dist
+
+    text = " ".join(str(error).split())
+    if not isinstance(error, dist.DistError) and not GONE.search(text):
+        return None
+    return WorkError(
+        f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} lost the others; look at the one "
+        f"that ended first ({text[:160]})"
+    )
+
+
+GONE = re.compile(r"closed by peer|reset by peer|broken pipe|timed out|connection refused", re.IGNORECASE)
+"""What gloo says, in an ordinary RuntimeError, where the process at the other end is no more."""
+PR_SET_PDEATHSIG = 1
+
+
+def _follow_the_agent() -> None:
+    """Ends this rank with the agent that started it, so that other nodes notice: nobody else would end it."""
+    import ctypes
+
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
 def _be_a_rank(arguments: argparse.Namespace) -> None:
     import logging
 
+    _follow_the_agent()
     import torch
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -79,6 +111,8 @@ def _be_a_rank(arguments: argparse.Namespace) -> None:
     # DeepSpeed would compile a shared-memory collective for CPUs at first use: most of a minute and a C++ compiler,
     # where gloo is there already and has nothing to do on one machine's few ranks.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     from pipeline.ending import leave
     from pipeline.layout import Run
@@ -93,7 +127,13 @@ def _be_a_rank(arguments: argparse.Namespace) -> None:
     run = Run(data.root.parent.parent, data.root.name)
     log = arguments.log or (run.learning_log(number) if run.recipe.exists() else arguments.out / "learning.jsonl")
     behaviour = arguments.behaviour_policy
-    summary = learn(Round(recipe, data, arguments.policy, arguments.out, log, number, behaviour))
+    try:
+        summary = learn(Round(recipe, data, arguments.policy, arguments.out, log, number, behaviour))
+    except RuntimeError as error:
+        lost = None if isinstance(error, OaplError) else _lost(error)
+        if lost is None:
+            raise
+        raise lost from None
     if int(os.environ["RANK"]) == 0:
         print(  # noqa: T201
             f"{arguments.out / summary['snapshot_id']}: {summary['steps']} steps, {summary['sequences']:,} sequences, "
@@ -129,8 +169,14 @@ def _launch(ranks: int) -> None:
         )
         try:
             elastic_launch(config, sys.executable)("-u", "-m", "trainer", *sys.argv[1:])
-        except ChildFailedError:
+        except ChildFailedError as failed:
             os.environ.pop("OAPL_ERROR_FILE")
+            for rank, failure in failed.failures.items():
+                if failure.exitcode < 0:
+                    raise WorkError(
+                        f"rank {rank} of the learner was ended by signal {-failure.exitcode}; 9 is often a lack of "
+                        "memory: see `oapl plan`"
+                    ) from None
             if error_file.exists():
                 code, message = json.loads(error_file.read_text(encoding="utf-8"))
                 raised = WorkError(message)

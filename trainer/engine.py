@@ -13,20 +13,24 @@ import torch.distributed as dist
 from pipeline.errors import RequestError
 from pipeline.recipe import Learning, Recipe
 from pipeline.rollouts import durable
-from trainer import adapters, packing
+from trainer import adapters, packing, sequence
 from trainer.batches import Pass
 from trainer.logprobs import sampled_entropy, token_logprobs
 from trainer.packing import Layout
 from trainer.policy import load_policy
+from trainer.sequence import Share, Team
+
+ALONE = Team()
 
 
 class Scored(torch.nn.Module):
     """A causal language model that answers with log-probabilities of given tokens, so logits stay inside."""
 
-    def __init__(self, model: Any, temperature: float) -> None:
+    def __init__(self, model: Any, temperature: float, team: Team = ALONE) -> None:
         super().__init__()
         self.model = model
         self.temperature = temperature
+        self.team = team
         self.entropy = torch.zeros(2)
         """Of the policy in the last pass: see `sampled_entropy`."""
 
@@ -38,9 +42,22 @@ class Scored(torch.nn.Module):
         sources: torch.Tensor,
         targets: torch.Tensor,
     ) -> torch.Tensor:
-        """The tensors of a `batches.Pass` -> log-probabilities [completion tokens], float32."""
-        # No mask: padding is on the right and attention is causal, or a layout says who attends to whom.
-        told = {} if layout is None else {"layout": layout, "position_ids": positions}
+        """The tensors of a `batches.Pass` -> log-probabilities [completion tokens], float32.
+
+        Packed, a team's ranks each compute their share of the stream; each of them gets all log-probabilities.
+        """
+        if layout is None or positions is None:
+            # No mask: padding is on the right and attention is causal.
+            return self._logprobs(ids, sources, targets)
+        if self.team.size == 1:
+            return self._logprobs(ids, sources, targets, position_ids=positions, layout=layout)
+        share = Share(self.team, ids.shape[1])
+        own = share.holds(sources)
+        told = {"position_ids": share.of(positions), "layout": layout, "share": share}
+        found = self._logprobs(share.of(ids), sources[own] - share.first, targets[own], **told)
+        return sequence.joined(found, own, len(sources), self.team)
+
+    def _logprobs(self, ids: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor, **told: Any) -> torch.Tensor:
         hidden = self.model.base_model(input_ids=ids, use_cache=False, **told).last_hidden_state
         chosen = hidden.flatten(0, 1).index_select(0, sources)
         head = self.model.get_output_embeddings()
@@ -89,7 +106,7 @@ def deepspeed_config(settings: Learning) -> dict[str, Any]:
     }
 
 
-def start(recipe: Recipe, policy: Path, temperature: float) -> Any:
+def start(recipe: Recipe, policy: Path, temperature: float, team: Team) -> Any:
     """The policy in a DeepSpeed engine, in training mode. Each rank calls it.
 
     Raises RequestError where the policy computes something that the learner would not.
@@ -102,12 +119,13 @@ def start(recipe: Recipe, policy: Path, temperature: float) -> Any:
     dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
     model = load_policy(policy, dtype, attention)
     _refuse_scaled_logits(model.config, policy)
+    sequence.refuse_uneven_heads(model.config.get_text_config().num_attention_heads, team, policy)
     if settings.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if settings.lora_rank:
         adapters.add(model, settings.lora_rank, settings.lora_alpha)
     model.train()
-    scored = Scored(model, temperature)
+    scored = Scored(model, temperature, team)
     engine, *_ = deepspeed.initialize(
         model=scored,
         model_parameters=[p for p in scored.parameters() if p.requires_grad],

@@ -6,10 +6,10 @@ import gc
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ from pipeline.progress import Progress
 from pipeline.recipe import Learning, Recipe
 from pipeline.rollouts.locate import Located, locate
 from pipeline.rollouts.store import Manifest
-from trainer import batches, checkpoints, insight, packing, reference
+from trainer import batches, checkpoints, insight, packing, reference, sequence
 from trainer import engine as engines
 from trainer.batches import Pass, View
 from trainer.losses import EXTRA, LOSSES, Batch, Settings, diagnostics
@@ -76,7 +76,7 @@ def learn(work: Round) -> dict[str, Any]:
     settings = work.recipe.learning
     _refuse_missing_packages(settings)
     parent = snapshots.load_record(work.policy)
-    view = View([work.data, *_replayed(work)], settings)
+    view = _from_rank_0(lambda: View([work.data, *_replayed(work)], settings))
     _refuse_foreign_tokens(parent, view, work)
     learner = _Learner(work, view, parent)
     learner.prepare()
@@ -103,6 +103,25 @@ def learn(work: Round) -> dict[str, Any]:
         work.log.with_suffix(".json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     checkpoints.delete(work.checkpoints)
     return summary
+
+
+Made = TypeVar("Made")
+
+
+def _from_rank_0(make: Callable[[], Made]) -> Made:
+    """What rank 0 makes, on every rank, or the OaplError that it raised. Each rank calls it."""
+    made: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            made = [make()]
+        except OaplError as error:  # the other ranks wait for the answer
+            made = [error]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(made)
+    if isinstance(made[0], OaplError):
+        raise made[0]
+    found: Made = made[0]
+    return found
 
 
 def _replayed(work: Round) -> list[Located]:
@@ -165,8 +184,9 @@ class _Learner:
         self.work, self.view, self.parent = work, view, parent
         self.behaviour = snapshots.load_record(work.behaviour) if work.behaviour else parent
         """The snapshot that engine and trainer are compared on, and that is recomputed."""
-        self._start(work.behaviour or work.policy)
         self.settings = work.recipe.learning
+        self.team = sequence.form(self.settings.sequence_parallel)
+        self._start(work.behaviour or work.policy)
         self.loss_settings = Settings(**{name: getattr(self.settings, name) for name in Settings.__slots__})
         self.names = (*SUMS, *EXTRA[self.settings.loss])
         self.device = self.engine.device
@@ -193,15 +213,16 @@ class _Learner:
             del self.engine
             gc.collect()
         temperature = _temperature(self.view, self.work.recipe.generation.temperature)
-        self.engine = engines.start(self.work.recipe, policy, temperature)
+        self.engine = engines.start(self.work.recipe, policy, temperature, self.team)
 
     # Each rank computes the same plan from the same index, so nothing needs to be sent.
     def _plan(self, rows: Sequence[int]) -> list[list[int]]:
         """This rank's forward passes. All ranks get equally many: collectives in them must pair up."""
-        shares = batches.split_over_ranks(rows, self.view.sizes, self.ranks)
-        plans = [batches.micro_batches(share, self.view.sizes, self.settings.micro_batch_tokens) for share in shares]
+        shares = batches.split_over_ranks(rows, self.view.sizes, self.team.count)
+        budget = self.settings.micro_batch_tokens * self.team.size
+        plans = [batches.micro_batches(share, self.view.sizes, budget) for share in shares]
         passes = max(len(plan) for plan in plans)
-        mine = plans[dist.get_rank()]
+        mine = plans[self.team.number]
         return mine + [[]] * (passes - len(mine))
 
     def _pass(self, rows: Sequence[int]) -> Pass:
@@ -279,7 +300,7 @@ class _Learner:
                     )
                 blocks = [block for block in self.view.blocks if block.place == place]
                 found = reference.recompute(
-                    folder, identity, blocks, self.settings, self.pad, self._logprobs, self.device
+                    folder, identity, blocks, self.settings, self.pad, self._logprobs, self.device, self.team
                 )
             self.view.attach(place, found)
 
@@ -307,7 +328,7 @@ class _Learner:
         gaps = insight.Gap(self.device), insight.Gap(self.device)
         for part in self._plan(rows.tolist()):
             batch = self._scored(self._pass(part))
-            if part:
+            if part and self.team.leads:
                 gaps[0].add(batch.logprobs, batch.behaviour, batch.mask)
                 gaps[1].add(batch.logprobs, batch.sampled, batch.mask)
         behaviour, sampled = (gap.over_ranks() for gap in gaps)
@@ -358,11 +379,12 @@ class _Learner:
             batch = self._scored(taken)
             losses, metrics = LOSSES[self.settings.loss](batch, self.loss_settings)
             # Mean over the global batch: DeepSpeed averages gradients over ranks, so each rank's share is scaled up.
+            # The ranks of a team each have the gradient of their own positions, which is such a share as well.
             self.engine.backward(losses.sum() * (self.ranks / len(rows) if part else 0.0))
             if number == len(plan) - 1:
                 norm = self._plain_norm()
             self.engine.step()
-            if part:
+            if part and self.team.leads:
                 metrics |= {"loss": losses.detach().sum(), "tokens": batch.mask.sum(), **diagnostics(batch)}
                 metrics |= self._counts(part, taken)
                 metrics["entropy"], metrics["entropy_tokens"] = self.engine.module.entropy
@@ -429,18 +451,9 @@ class _Learner:
     def publish(self) -> snapshots.Snapshot:
         """Writes the next snapshot. Raises WorkError, publishing nothing, where a weight is not finite."""
         state = engines.gathered(self.engine, self.settings)
-        chosen: list[Any] = [None]
-        if dist.get_rank() == 0:
-            try:
-                chosen = [self._published(state)]
-            except OaplError as error:  # the other ranks wait for the answer
-                chosen = [error]
-        if self.ranks > 1:
-            dist.broadcast_object_list(chosen)
-        if isinstance(chosen[0], OaplError):
-            raise chosen[0]
-        engines.keep_moments(self.engine, self.work.out, chosen[0], self.parent.snapshot_id, self.settings)
-        return snapshots.load_record(self.work.out / chosen[0])
+        chosen = _from_rank_0(lambda: self._published(state))
+        engines.keep_moments(self.engine, self.work.out, chosen, self.parent.snapshot_id, self.settings)
+        return snapshots.load_record(self.work.out / chosen)
 
     def _published(self, state: dict[str, torch.Tensor]) -> str:
         for name, weight in state.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,19 +26,34 @@ def token_logprobs(head: Head, hidden: Tensor, targets: Tensor, temperature: flo
     tokens there are and however large the vocabulary is, and a pass that fits computes nothing twice. Softmax and
     sums are in float32 whatever the weights are. Nats.
     """
+    if not hasattr(getattr(head, "weight", None), "ds_id"):
+        return _in_chunks(head, head, hidden, targets, temperature)
+    # ZeRO-3 gathers the weight while the module is called, and each rank must make as many calls: one, whatever the
+    # number of chunks. So all of them are made inside of it, by its hooks' leave.
+    assert isinstance(head, torch.nn.Module)
+    called = functools.partial(type(head).forward, head)
+    head.forward = lambda gathered: _in_chunks(head, called, gathered, targets, temperature)  # type: ignore[method-assign]
+    try:
+        found: Tensor = head(hidden)
+    finally:
+        del head.forward  # the class's own again
+    return found
+
+
+def _in_chunks(head: Any, call: Head, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
     rows = max(1, CHUNK_ELEMENTS // getattr(head, "out_features", 1 << 17))
     kept = rows * (KEPT_ELEMENTS // CHUNK_ELEMENTS)
-    if type(head) is torch.nn.Linear and head.bias is None and not hasattr(head.weight, "ds_id"):
+    if type(head) is torch.nn.Linear and head.bias is None:
         found: Tensor = Project.apply(hidden, head.weight, targets, temperature, rows, kept)  # type: ignore[no-untyped-call]
         return found
-    # A head with a bias or an adapter, or one whose weight ZeRO-3 gathers only while the module is called.
+    # A head with a bias or an adapter.
     parts = []
     for start in range(0, max(1, hidden.shape[0]), rows):
         part = hidden[start : start + rows], targets[start : start + rows]
         if torch.is_grad_enabled() and start >= kept:
-            parts.append(checkpoint(_logprobs, head, *part, temperature, use_reentrant=False, preserve_rng_state=False))
+            parts.append(checkpoint(_logprobs, call, *part, temperature, use_reentrant=False, preserve_rng_state=False))
         else:
-            parts.append(_logprobs(head, *part, temperature))
+            parts.append(_logprobs(call, *part, temperature))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

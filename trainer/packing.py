@@ -21,6 +21,8 @@ from torch import Tensor
 
 from pipeline.errors import RequestError
 from pipeline.recipe import Learning
+from trainer import sequence
+from trainer.sequence import Share
 
 Segment = tuple[int, int]
 """(tokens, the segment that is its prefix or -1): a prompt, or a completion behind its prompt."""
@@ -218,6 +220,7 @@ def register(attention: str) -> str:
         attention_mask: Tensor | None,
         *,
         layout: Layout,
+        share: Share | None = None,
         scaling: float | None = None,
         sliding_window: int | None = None,
         softcap: float | None = None,
@@ -229,7 +232,9 @@ def register(attention: str) -> str:
             )
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         query, key, value = (whole.squeeze(0).transpose(0, 1) for whole in (query, key, value))
-        return kernel(query, key, value, scale, layout).unsqueeze(0), None
+        if share is None:
+            return kernel(query, key, value, scale, layout).unsqueeze(0), None
+        return sequence.attend(kernel, query, key, value, scale, layout, share).unsqueeze(0), None
 
     AttentionInterface.register(name, attend)
     return name
@@ -254,7 +259,8 @@ def refuse_difference(packed: Tensor, alone: Sequence[Tensor], settings: Learnin
     """Raises RequestError where packed log-probabilities [sequences, tokens] are not those of each sequence alone."""
     worst = max((packed[number, : len(one)] - one).abs().max().item() for number, one in enumerate(alone))
     if not worst <= LEAK[settings.dtype]:
+        also = "" if settings.sequence_parallel == 1 else " and learning.sequence_parallel=1"
         raise RequestError(
             f"{policy}: packed, its log-probabilities differ by {worst:.3g} nats a token from those of each sequence "
-            f"alone (learning.attention={settings.attention}); set learning.packing=false"
+            f"alone (learning.attention={settings.attention}); set learning.packing=false{also}"
         )

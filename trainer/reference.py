@@ -1,7 +1,7 @@
 """Recomputed log-probabilities: one forward pass of the trainer over the frozen snapshot, kept beside the rollouts.
 
     folder/
-      ranks-00000.parquet ...   rollout_id, logprobs; row group k of rank r is row group k * ranks + r of the dataset
+      ranks-00000.parquet ...   rollout_id, logprobs; row group k of team r is row group k * ranks + r of the dataset
       reference.json            what they were computed from; renamed into place with the folder
 
 All rows of the dataset are computed, whatever the learner's view leaves out, so that another beta1, filter or
@@ -10,6 +10,7 @@ verifier version needs no new pass.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
@@ -27,6 +28,7 @@ from pipeline.progress import Progress
 from pipeline.recipe import Learning
 from pipeline.rollouts import durable
 from trainer.batches import Block, Example, Floats, Pass, Sizes, collate, micro_batches
+from trainer.sequence import Team
 
 RECORD = "reference.json"
 SCHEMA = pa.schema(
@@ -71,33 +73,36 @@ def recompute(
     pad: int,
     score: Callable[[Pass], torch.Tensor],
     device: torch.device,
+    team: Team,
 ) -> Stored:
-    """Computes and stores the log-probabilities of every row; each rank its share. Whole or not at all.
+    """Computes and stores the log-probabilities of every row; each team of ranks its share. Whole or not at all.
 
     `score` gives log pi [sequences, tokens] of a forward pass; it is called equally often on all ranks.
     """
-    ranks, rank = dist.get_world_size(), dist.get_rank()
+    rank = dist.get_rank()
     partial = folder.with_name(f"{durable.TEMPORARY}{folder.name}")
     if rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
     progress = Progress("recompute", len(blocks), "row groups") if rank == 0 else None
-    with pq.ParquetWriter(partial / _file(rank), SCHEMA, compression="zstd", write_page_checksum=True) as writer:
-        for turn in range(math.ceil(len(blocks) / ranks)):
-            number = turn * ranks + rank
+    path = partial / _file(team.number)
+    with _writer(path) if team.leads else contextlib.nullcontext() as writer:
+        for turn in range(math.ceil(len(blocks) / team.count)):
+            number = turn * team.count + team.number
             table = blocks[number].read(_COLUMNS) if number < len(blocks) else None
             examples = [] if table is None else list(_examples(table))
-            computed = _scored(examples, settings, pad, score, device)
-            if table is not None:
+            computed = _scored(examples, settings, pad, score, device, team)
+            if table is not None and writer is not None:
                 found = pa.array(computed, SCHEMA.field("logprobs").type)
                 writer.write_table(pa.table([table["rollout_id"], found], schema=SCHEMA), row_group_size=1 << 30)
             if progress is not None:
-                progress.add(min(ranks, len(blocks) - turn * ranks), sum(len(row) for row in computed) * ranks)
-    durable.sync_file(partial / _file(rank))
+                progress.add(min(team.count, len(blocks) - turn * team.count), sum(map(len, computed)) * team.count)
+    if team.leads:
+        durable.sync_file(path)
     dist.barrier()
     if rank == 0:
-        record = {"ranks": ranks, "identity": identity}
+        record = {"ranks": team.count, "identity": identity}
         durable.write_durably(partial / RECORD, (json.dumps(record, indent=1) + "\n").encode())
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
@@ -105,7 +110,11 @@ def recompute(
     dist.barrier()
     if progress is not None:
         progress.close()
-    return Stored(folder, ranks)
+    return Stored(folder, team.count)
+
+
+def _writer(path: Path) -> pq.ParquetWriter:
+    return pq.ParquetWriter(path, SCHEMA, compression="zstd", write_page_checksum=True)
 
 
 _COLUMNS = ("rollout_id", "prompt_tokens", "completion_tokens")
@@ -123,6 +132,7 @@ def _scored(
     pad: int,
     score: Callable[[Pass], torch.Tensor],
     device: torch.device,
+    team: Team,
 ) -> list[Floats]:
     """log pi of each example's completion, in their order."""
     prompts = [example.prompt_tokens.tobytes() for example in examples]
@@ -136,7 +146,7 @@ def _scored(
     )
     found = [np.zeros(0, np.float32)] * len(examples)
     usable = np.flatnonzero((sizes.prompt > 0) & (sizes.completion > 0)).tolist()
-    plan = micro_batches(usable, sizes, settings.micro_batch_tokens)
+    plan = micro_batches(usable, sizes, settings.micro_batch_tokens * team.size)
     count = torch.tensor(len(plan), device=device)
     dist.all_reduce(count, op=dist.ReduceOp.MAX)
     attention = settings.attention if settings.packing else None

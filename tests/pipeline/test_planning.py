@@ -51,6 +51,15 @@ def test_the_two_models_are_as_large_as_published(recipe: Recipe, layer: int, pa
     assert made.value("cache_token") == cache
 
 
+def test_ranks_that_share_sequences_share_their_activations() -> None:
+    """16,384 + 2,048 tokens at most: 4,608 on each of four ranks, where the budget is smaller."""
+    changes = ["learning.micro_batch_tokens=1024", "learning.ranks=8"]
+    alone = planned(load_recipe("qwen3-4b-math", changes))
+    shared = planned(load_recipe("qwen3-4b-math", [*changes, "learning.sequence_parallel=4"]))
+    assert (alone.pass_tokens, shared.pass_tokens) == (18_432, 4_608)
+    assert shared.memory[3].activations * 4 == alone.memory[3].activations
+
+
 def test_the_two_recipes_are_the_papers() -> None:
     math, code = MATH, CODE
     assert (math.learning.beta1, math.learning.beta2, math.learning.learning_rate) == (1.0, 1e-3, 1e-6)

@@ -13,9 +13,10 @@ from learning_parts import plain_logprobs
 
 from trainer import packing
 from trainer.batches import Example, Sizes, collate, micro_batches, split_over_ranks
-from trainer.engine import Scored
+from trainer.engine import ALONE, Scored
 from trainer.losses import LOSSES, Batch, Settings
 from trainer.policy import load_policy
+from trainer.sequence import Team
 
 TEMPERATURE = 0.7
 
@@ -47,9 +48,11 @@ def loss_and_gradients(model: Any, scored: torch.Tensor, examples: list[Example]
     }
 
 
-def our_logprobs(model: Any, examples: list[Example], groups: list[int], attention: str | None) -> torch.Tensor:
+def our_logprobs(
+    model: Any, examples: list[Example], groups: list[int], attention: str | None, team: Team = ALONE
+) -> torch.Tensor:
     taken = collate(examples, groups, 0, attention)
-    chosen = Scored(model, TEMPERATURE)(taken.ids, taken.positions, taken.layout, taken.sources, taken.targets)
+    chosen = Scored(model, TEMPERATURE, team)(taken.ids, taken.positions, taken.layout, taken.sources, taken.targets)
     return torch.zeros(taken.mask.shape).masked_scatter(taken.mask, chosen)
 
 
