@@ -11,6 +11,7 @@ import numpy as np
 from pipeline.rollouts.tables import key64, one_key64
 
 Array = np.ndarray[tuple[int], np.dtype[np.uint64]]
+NO_KEYS: Array = np.zeros(0, np.uint64)
 _FEW = 4096
 
 
@@ -21,7 +22,7 @@ class Keys:
     """
 
     def __init__(self) -> None:
-        self._sorted: Array = np.zeros(0, np.uint64)
+        self._sorted = NO_KEYS
         self._recent: set[int] = set()
 
     def add(self, key: int) -> None:
@@ -64,7 +65,11 @@ class PromptIds:
         self._keys = Keys()
 
     def update(self, prompt_ids: Iterable[str]) -> None:
-        self._keys.update(key64(prompt_ids))
+        self.update_keys(key64(prompt_ids))
+
+    def update_keys(self, keys: Array) -> None:
+        """The same of `tables.key64` of them."""
+        self._keys.update(keys)
 
     def __contains__(self, prompt_id: object) -> bool:
         return isinstance(prompt_id, str) and one_key64(prompt_id) in self._keys

@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
@@ -31,7 +32,7 @@ from pydantic import ValidationError
 from pipeline.errors import RequestError, WorkError
 from pipeline.rollouts import durable
 from pipeline.rollouts.groups import GROUP_KEY, group_starts
-from pipeline.rollouts.keys import Keys, PromptIds, group_keys
+from pipeline.rollouts.keys import NO_KEYS, Array, Keys, PromptIds, group_keys
 from pipeline.rollouts.manifest import (
     MANIFEST,
     Manifest,
@@ -43,6 +44,7 @@ from pipeline.rollouts.manifest import (
     parse_manifest,
 )
 from pipeline.rollouts.places import Overtaken, Place
+from pipeline.rollouts.tables import key64
 
 COMMITS, WRITERS, EPOCH = "commits", "writers", "writers/epoch.json"
 SHARE = 0.05
@@ -209,20 +211,20 @@ class Ledger:
                     f"{where}: not the {shard.bytes} bytes of the manifest; run `oapl rollouts validate`"
                 )
         with ThreadPoolExecutor(self._place.parallel) as threads:
-            for groups in threads.map(self._groups, [shard.file for shard in self.manifest.shards]):
-                for (snapshot_id, round), prompt_ids in groups.items():
-                    self.taken.update(group_keys(snapshot_id, round, prompt_ids))
-                    self.committed.update(prompt_ids)
+            for groups, prompts in threads.map(self._keys_of, [shard.file for shard in self.manifest.shards]):
+                self.taken.update(groups)
+                self.committed.update_keys(prompts)
 
-    def _groups(self, file: str) -> dict[tuple[str, int], list[str]]:
-        """prompt_ids of a shard's groups, by snapshot and round."""
-        with self._place.open(file) as source:
-            table = pq.read_table(source, columns=list(GROUP_KEY))
+    def _keys_of(self, file: str) -> tuple[Array, Array]:
+        """Keys of a shard's groups, and of their prompts."""
+        table = self._place.parse(file, lambda source: pq.read_table(source, columns=list(GROUP_KEY)))
         table = table.take(pa.array(group_starts(table)))
-        found: dict[tuple[str, int], list[str]] = {}
+        by_policy: dict[tuple[str, int], list[str]] = {}
         for snapshot_id, round, prompt_id in zip(*(table[name].to_pylist() for name in GROUP_KEY), strict=True):
-            found.setdefault((snapshot_id, round), []).append(prompt_id)
-        return found
+            by_policy.setdefault((snapshot_id, round), []).append(prompt_id)
+        keys = [group_keys(snapshot_id, round, ids) for (snapshot_id, round), ids in by_policy.items()]
+        prompts = [key64(ids) for ids in by_policy.values()]
+        return np.concatenate([NO_KEYS, *keys]), np.concatenate([NO_KEYS, *prompts])
 
     def _sweep(self) -> None:
         """Deletes what dead writers left: temporary files, and shards that nobody has recorded.

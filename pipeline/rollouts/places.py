@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, TypeVar
 
 from pipeline.errors import WorkError
 from pipeline.rollouts import durable
+
+Found = TypeVar("Found")
 
 
 class Overtaken(OSError):
@@ -48,8 +50,8 @@ class Place(Protocol):
     def read_many(self, names: Iterable[str]) -> dict[str, bytes]:
         """The files that are there."""
 
-    def open(self, name: str) -> AbstractContextManager[IO[bytes] | Path]:
-        """What pyarrow can read a Parquet file from."""
+    def parse(self, name: str, parser: Callable[[IO[bytes] | Path], Found]) -> Found:
+        """What the parser makes of a file, of which it reads what it needs; it may be called more than once."""
 
     def write(self, name: str, data: bytes) -> None:
         """Puts a file there in one step, durably; an older one of this name is replaced."""
@@ -76,8 +78,18 @@ class Place(Protocol):
         """One line for a person about a refusal: where, why, and what is safe."""
 
 
+def is_url(place: str | Path) -> bool:
+    return "://" in str(place)
+
+
 def place_of(folder: Path | str) -> Place:
-    """The place that a folder's path names."""
+    """The place that a folder's path or an fsspec URL names. Raises RequestError where nothing serves the URL."""
+    if str(folder).startswith("file://"):
+        return Folder(Path(str(folder).removeprefix("file://")))
+    if is_url(folder):
+        from pipeline.rollouts.objects import Objects
+
+        return Objects(str(folder))
     return Folder(Path(folder))
 
 
@@ -127,9 +139,8 @@ class Folder:
                 found[name] = self.read(name)
         return found
 
-    @contextlib.contextmanager
-    def open(self, name: str) -> Iterator[Path]:
-        yield self._path / name
+    def parse(self, name: str, parser: Callable[[IO[bytes] | Path], Found]) -> Found:
+        return parser(self._path / name)
 
     def write(self, name: str, data: bytes) -> None:
         with self.new_file(name) as temporary:

@@ -29,9 +29,11 @@ from pipeline.rollouts import durable
 from pipeline.rollouts.groups import GROUP_KEY, group_key, group_starts, split_groups
 from pipeline.rollouts.keys import Keys, PromptIds, one_group_key
 from pipeline.rollouts.ledger import Ledger
+from pipeline.rollouts.locate import locate
 from pipeline.rollouts.manifest import MANIFEST, Manifest, Provenance, Shard, file_metadata, read_manifest
+from pipeline.rollouts.mirror import local_copy
 from pipeline.rollouts.packing import Packed, logprob_flaw, pack, packed_flaw, unpack
-from pipeline.rollouts.places import Place, place_of
+from pipeline.rollouts.places import Place, is_url, place_of
 from pipeline.rollouts.schema import ROLLOUTS, Rollout
 
 __all__ = [
@@ -280,8 +282,7 @@ class RolloutWriter(GroupWriter):
             raise self._place.work_error(error, self._kept()) from error
 
     def _rewrite(self, file: str, name: str, without: set[str]) -> Shard:
-        with self._place.open(file) as source:
-            batches = list(_file_batches(source, list(ROLLOUTS.names), 1))
+        batches = self._place.parse(file, lambda source: list(_file_batches(source, list(ROLLOUTS.names), 1)))
         groups = [batch for batch in batches if group_key(batch)[2] not in without]
         return put_shard(self._place, name, groups, self._provenance)
 
@@ -373,7 +374,7 @@ def _batches(groups: list[Packed | pa.RecordBatch]) -> list[pa.RecordBatch]:
 
 
 def iter_batches(
-    folder: Path, columns: Sequence[str] | None = None, batch_rows: int = 1024
+    folder: Path | str, columns: Sequence[str] | None = None, batch_rows: int = 1024
 ) -> Iterator[pa.RecordBatch]:
     """The dataset's rows in the manifest's order, columns in the order asked for.
 
@@ -385,10 +386,13 @@ def iter_batches(
     unknown = [name for name in names if name not in ROLLOUTS.names]
     if unknown:
         raise RequestError(f"{folder}: rollouts have no column {unknown[0]!r}; they have {', '.join(ROLLOUTS.names)}")
+    if is_url(folder):
+        yield from iter_batches(locate(folder).rollouts, columns, batch_rows)
+        return
     for shard in read_manifest(folder).shards:
         path = Path(folder) / shard.file
         try:
-            yield from _file_batches(path, names, batch_rows)
+            yield from _file_batches(local_copy(path), names, batch_rows)
         except (
             OSError,
             ValueError,

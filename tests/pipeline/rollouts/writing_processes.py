@@ -45,6 +45,12 @@ def replica(folder: str, name: str, numbers: Sequence[int], rest: float) -> None
         return
 
 
+def store_processes(environment: dict[str, str], name: str, *arguments: object) -> None:
+    """The same on an object store, which the environment says how to reach."""
+    os.environ |= environment
+    {"drive": drive, "replica": replica}[name](*arguments)  # type: ignore[operator]
+
+
 def start(context: ForkServerContext, target: object, *arguments: object) -> ForkServerProcess:
     process = context.Process(target=target, args=arguments)  # type: ignore[arg-type]
     process.start()
