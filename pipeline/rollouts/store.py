@@ -6,7 +6,8 @@
       .lock                held by the one writer
 
 A group is generated once: it exists from the moment its shard is in the manifest, and a writer that
-finds a manifest goes on after it. Reading and writing stream; memory does not grow with the dataset.
+finds a manifest goes on after it. Reading and writing stream; memory grows by some bytes a group.
+Many processes may write one dataset (`shards`, `ledger`), and it may lie in an object store (`objects`).
 """
 
 from __future__ import annotations
