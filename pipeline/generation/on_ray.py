@@ -28,13 +28,17 @@ SILENCE_S = 900.0
 """A replica that is at work and reports nothing for so long is taken for lost."""
 START_S = 3600.0
 """So long may it be that no replica is at work: the first ones load the policy, or the cluster waits for nodes."""
-STOP_S = 20.0
+STOP_S = 60.0
 LOOK_S = 5.0
 """How often the cluster is asked for nodes that have come."""
 MOST_LOSSES = 4
-"""So many replicas may be lost with a group, or without one of them having started, before the round fails."""
+"""So many replicas may be lost with one group, or fail to start while none is at work, before the round fails."""
 STRAGGLES = 4.0
 """A replica that is so many times as slow as an idle one is relieved of its last groups."""
+
+
+ENOUGH_S = 1.0
+"""Seconds of decoding that say how fast a replica is."""
 
 
 @dataclass(slots=True)
@@ -64,6 +68,8 @@ class _Member:
 
     def slower_than(self, other: _Member) -> bool:
         """By STRAGGLES, in seconds a step and in tokens a second: neither alone is fair to batches of unlike size."""
+        if min(self.seconds, other.seconds) < ENOUGH_S:
+            return False
         steps = self.seconds * other.steps > STRAGGLES * other.seconds * self.steps
         return steps and other.tokens * self.seconds > STRAGGLES * self.tokens * other.seconds
 
@@ -113,7 +119,8 @@ class _Fleet:
         """Whether replicas have recorded groups that are not in the manifest."""
         self._losses: dict[str, int] = {}
         self._failed_starts = 0
-        self._relieved = 0
+        self._fewer = 0
+        """Replicas that are not replaced: their machines are broken, or too slow."""
         self._looked, self._room = -math.inf, 0
         self._begun = False
         self._heard = time.monotonic()
@@ -152,7 +159,7 @@ class _Fleet:
             )
         unfinished = self._left + len(self._again) + sum(len(member.held) for member in self._members)
         self._begun = True
-        wanted = max(1, min(asked or self._room, unfinished) - self._relieved)
+        wanted = max(1, min(asked or self._room, unfinished) - self._fewer)
         self._members += [self._start() for _ in range(wanted - len(self._members))]
 
     def _start(self) -> _Member:
@@ -162,7 +169,12 @@ class _Fleet:
         # A lost replica is not restarted under its name: whatever it still writes must not be taken for the new one's.
         actor = (
             ray.remote(Replica)
-            .options(num_cpus=self._needs["CPU"], num_gpus=self._needs.get("GPU", 0), max_restarts=0)
+            .options(
+                num_cpus=self._needs["CPU"],
+                num_gpus=self._needs.get("GPU", 0),
+                max_restarts=0,
+                scheduling_strategy="SPREAD",
+            )
             .remote(self._work, self._start_engine, str(self._writer.folder), self._writer.manifest.provenance, name)
         )
         return _Member(actor, name, deque([actor.start.remote()]))
@@ -177,9 +189,15 @@ class _Fleet:
         self._adopt(now=True)
         for prompt_id in member.held:
             self._losses[prompt_id] = self._losses.get(prompt_id, 0) + 1
-        self._failed_starts += not member.ready
+        often = max((self._losses[prompt_id] for prompt_id in member.held), default=0) >= MOST_LOSSES
         self._take_back(member, f"lost ({why})")
-        if max(self._failed_starts, *(self._losses.get(prompt_id, 0) for prompt_id in member.held), 0) >= MOST_LOSSES:
+        if not member.ready:
+            self._failed_starts += 1
+            if self._failed_starts >= MOST_LOSSES:
+                # Others may be at work: then it is one machine that is broken, and the round can do without it.
+                self._failed_starts, self._fewer = 0, self._fewer + 1
+                often |= not any(other.ready for other in self._members)
+        if often:
             raise WorkError(
                 f"{MOST_LOSSES} replicas were lost one after another, the last one: {why}; what was committed is kept"
             )
@@ -297,7 +315,7 @@ class _Fleet:
         slow = [m for m in self._members if m.running and any(m.slower_than(other) for other in idle)]
         for member in slow[:1]:
             self._members.remove(member)
-            self._relieved += 1
+            self._fewer += 1
             self._end([member])
             self._adopt(now=True)
             self._take_back(member, f"stopped (more than {STRAGGLES:.0f} times as slow as an idle one)")
