@@ -15,13 +15,14 @@ Then: validation that each group is there once, opening the dataset again, and t
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ from pipeline.rollouts import places
 from pipeline.rollouts.ledger import COMMITS, Ledger, Record
 from pipeline.rollouts.manifest import MANIFEST, Shard, identity
 from pipeline.rollouts.store import RolloutWriter, iter_batches, read_manifest
+
+PAPER_RECORDS = 64
+"""That a manifest takes in, on paper."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +66,8 @@ class Watch:
     def look(self, ledger: Ledger, folder: Path) -> None:
         self._peak = max(self._peak, psutil.Process().memory_info().rss)
         manifest = ledger.manifest
-        while self._left and manifest.rows >= self._left[0]:
-            self._left.pop(0)
+        if self._left and manifest.rows >= self._left[0]:
+            self._left = [size for size in self._left if size > manifest.rows]
             self.marks.append(
                 Mark(
                     manifest.rows,
@@ -162,14 +166,20 @@ def paper(folder: Path, options: argparse.Namespace) -> list[Mark]:
 
     with place.lock():
         ledger = Ledger(place, origin, options.samples, True, rewrite)
-        sizes = [size for size in (10**4, 10**5, 10**6, 10**7) if size <= options.paper]
+        sizes = [
+            10**exponent * factor
+            for exponent in range(4, 8)
+            for factor in (1, 3)
+            if 10**exponent * factor <= options.paper
+        ]
         watch = Watch([*sizes, options.paper] if options.paper not in sizes else sizes)
-        for record in _records(options, identity(origin, options.samples)):
+        for number, record in enumerate(_records(options, identity(origin, options.samples)), 1):
             place.told[record.shard.file] = record.shard.bytes
             name = record.shard.file.removeprefix("part-").removesuffix(".parquet")
             # Not made durable: it is the driver's work that is measured here.
             (folder / COMMITS / f"{name}.json").write_text(record.model_dump_json())
-            ledger.adopt()
+            # Records come far faster than replicas make them; so often a manifest, whatever its share of this time.
+            ledger.adopt(now=number % PAPER_RECORDS == 0)
             watch.look(ledger, folder)
         ledger.adopt(now=True)
         watch.look(ledger, folder)
@@ -185,6 +195,15 @@ def _records(options: argparse.Namespace, settings: str) -> Iterator[Record]:
         file = f"part-000001-paper-00000000-{number:05d}.parquet"
         shard = Shard(file=file, rows=rows, groups=len(ids), bytes=10**8, sha256="0" * 64, tokens=rows * 1000)
         yield Record(epoch=1, identity=settings, shard=shard, prompt_ids=ids)
+
+
+def joined(file: Path, measured: list[Mark], on_paper: list[Mark]) -> tuple[list[Mark], list[Mark]]:
+    """What this run measured, and of what it did not measure what the file has; the file has both afterwards."""
+    old = json.loads(file.read_text()) if file.exists() else {"measured": [], "on_paper": []}
+    measured = measured or [Mark(**mark) for mark in old["measured"]]
+    on_paper = on_paper or [Mark(**mark) for mark in old["on_paper"]]
+    file.write_text(json.dumps({"measured": [*map(asdict, measured)], "on_paper": [*map(asdict, on_paper)]}, indent=1))
+    return measured, on_paper
 
 
 def draw(out: Path, measured: list[Mark], on_paper: list[Mark]) -> None:
@@ -238,6 +257,7 @@ def main() -> None:
     parser.add_argument("--paper", type=int, default=10**7, help="rollouts of the ledger alone; 0: none")
     parser.add_argument("--paper-shard-rows", type=int, default=4096)
     parser.add_argument("--folder", type=Path, help="where to write, and leave, the dataset; else a temporary folder")
+    parser.add_argument("--marks", type=Path, help="JSON of what was measured, which several runs fill for one picture")
     parser.add_argument("--picture", type=Path, help="PNG to draw")
     options = parser.parse_args()
     lengths = lengths_of(options.run) if options.run else log_normal(options.median, options.sigma, options.longest)
@@ -255,6 +275,8 @@ def main() -> None:
         if measured:
             table("Shards and all", measured)
             after(place / "rollouts", options)
+        if options.marks:
+            measured, on_paper = joined(options.marks, measured, on_paper)
         if options.picture:
             draw(options.picture, measured, on_paper)
     finally:
@@ -263,7 +285,7 @@ def main() -> None:
 
 
 def asdict_of(options: argparse.Namespace) -> dict[str, Any]:
-    return {name: value for name, value in vars(options).items() if name not in ("folder", "picture")}
+    return {name: value for name, value in vars(options).items() if name not in ("folder", "picture", "marks")}
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import pyarrow as pa
@@ -49,6 +50,10 @@ from pipeline.rollouts.tables import key64
 COMMITS, WRITERS, EPOCH = "commits", "writers", "writers/epoch.json"
 SHARE = 0.05
 """Of the time that passes, what the manifest's upkeep may take."""
+RECORDS_AT_ONCE = 256
+"""Records that one manifest takes in, so that memory does not grow with what has gathered."""
+LONGEST_PAUSE_S = 60.0
+"""An upkeep that took longer than three seconds (a store that did not answer) is not put off for longer than this."""
 
 _OURS = re.compile(r"part-\d{5,}\.parquet")
 """Shards that the driver wrote itself."""
@@ -95,7 +100,7 @@ class Pace:
         finally:
             ended = time.monotonic()
             self.spent += ended - began
-            self._due = ended + (ended - began) * self._rest
+            self._due = ended + min((ended - began) * self._rest, LONGEST_PAUSE_S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +150,8 @@ class Ledger:
         self._number = 1 + max((int(name[5:-8]) for name in self._files if _OURS.fullmatch(name)), default=-1)
         self._remember()
         if self._epoch is not None:
-            self.adopt(now=True)
+            for _ in self._adoptions():
+                pass
         self._sweep()
 
     def _read(self) -> tuple[Manifest | None, str | None]:
@@ -267,13 +273,19 @@ class Ledger:
         if not now and self.pace.wait():
             return []
         with self.pace.spending():
-            there = self._place.names(COMMITS)
-            names = [f"{COMMITS}/{name}" for name in there if not name.startswith(durable.TEMPORARY)]
-            records = {name: self._parsed(name, data) for name, data in self._place.read_many(names).items()}
+            return list(chain.from_iterable(self._adoptions()))
+
+    def _adoptions(self) -> Iterator[list[str]]:
+        """Lists what is recorded, RECORDS_AT_ONCE by RECORDS_AT_ONCE: while no driver was there, many may have come."""
+        there = self._place.names(COMMITS)
+        names = [f"{COMMITS}/{name}" for name in there if not name.startswith(durable.TEMPORARY)]
+        for first in range(0, max(len(names), 1), RECORDS_AT_ONCE):
+            some = self._place.read_many(names[first : first + RECORDS_AT_ONCE])
+            records = {name: self._parsed(name, data) for name, data in some.items()}
             sizes = self._place.sizes(record.shard.file for record in records.values())
             for name, record in records.items():
                 self._fold(name, record, sizes.get(record.shard.file))
-            return self._write()
+            yield self._write()
 
     def _parsed(self, name: str, data: bytes) -> Record:
         where = self._place.said(name)

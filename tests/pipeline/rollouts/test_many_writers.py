@@ -6,6 +6,7 @@ import json
 import random
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rollout_data import group, groups, prompt, prompt_name, provenance
@@ -13,6 +14,7 @@ from writing_processes import drive, forking, replica, start
 
 from pipeline.errors import RequestError, WorkError
 from pipeline.prompts import write_prompts
+from pipeline.rollouts import ledger
 from pipeline.rollouts.ledger import Pace
 from pipeline.rollouts.locate import locate
 from pipeline.rollouts.places import Folder
@@ -221,13 +223,27 @@ def test_the_manifest_is_written_seldom_and_ends_whole(tmp_path: Path, monkeypat
     assert len(written) <= 4 + seconds / (20 * 0.03)
 
 
-def test_a_pace_keeps_to_its_share() -> None:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The ledger's time, which passes when `now` is changed."""
+    made = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(ledger, "time", SimpleNamespace(monotonic=lambda: made.now))
+    return made
+
+
+def test_a_pace_keeps_to_its_share(clock: SimpleNamespace) -> None:
     pace, turns = Pace(0.2), 0
-    began = time.monotonic()
-    while time.monotonic() - began < 0.5:
+    while clock.now < 110:
+        clock.now += 0.001
         if not pace.wait():
             turns += 1
             with pace.spending():
-                time.sleep(0.01)
-        time.sleep(min(pace.wait(), 0.01))
-    assert turns > 1 and pace.spent <= 0.2 * (time.monotonic() - began) + 0.02
+                clock.now += 0.01
+    assert 190 < turns <= 200 and pace.spent == pytest.approx(0.01 * turns)
+
+
+def test_a_pace_is_not_kept_for_ever(clock: SimpleNamespace) -> None:
+    pace = Pace(0.05)
+    with pace.spending():
+        clock.now += 30  # a store that did not answer
+    assert pace.wait() == pytest.approx(60)
