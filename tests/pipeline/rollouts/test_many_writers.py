@@ -148,6 +148,15 @@ def test_a_driver_that_begins_again_adopts_what_lies_there_and_sweeps_the_rest(t
     assert_whole(tmp_path, 6)
 
 
+def test_many_records_are_taken_in_by_portions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "RECORDS_AT_ONCE", 2)
+    with driver(tmp_path) as leader:
+        for number in range(5):
+            write_groups(tmp_path, "a", number)
+        assert sorted(leader.adopt(now=True)) == sorted(map(prompt_name, range(5)))
+    assert_whole(tmp_path, 5)
+
+
 def test_a_record_that_comes_after_its_shard_was_swept_is_dropped(tmp_path: Path) -> None:
     """The writer asked, a new driver began and swept the shard, and only then the record was written."""
     with driver(tmp_path):
