@@ -14,8 +14,7 @@ from pipeline.ending import leave
 from pipeline.errors import OaplError, RequestError
 
 if TYPE_CHECKING:
-    from pipeline.generation.engine import Engine
-    from pipeline.recipe import Generation, Recipe
+    from pipeline.recipe import Recipe
     from pipeline.rollouts.locate import Located
 
 app = typer.Typer(
@@ -86,19 +85,23 @@ def generate(
     recipe: RecipeOption = None,
     set: SetOption = None,
 ) -> None:
-    """Sample completions of each prompt with vLLM into a Parquet dataset."""
+    """Sample completions of each prompt with vLLM into a Parquet dataset.
+
+    With --set generation.engine=ray on a Ray cluster: that of RAY_ADDRESS, else one of this machine's cores.
+    """
     given = {"samples": samples, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
     overrides = [f"generation.{key}={value}" for key, value in given.items() if value is not None]
     settings = _settings(recipe, [*_overrides(set, seed=seed), *overrides])
 
     from pipeline.generation.generate import Work
     from pipeline.generation.generate import generate as make
-    from pipeline.prompts import read_prompts, write_prompts
+    from pipeline.generation.vllm_engine import VllmEngine
+    from pipeline.prompts import PromptFile, write_prompts
 
-    asked = read_prompts(prompts)
+    asked = PromptFile(prompts)
     work = Work(policy, settings.generation, round, settings.seed, settings if recipe else None)
     _require(policy)
-    totals = make(work, asked, out, lambda: _vllm(policy, settings.generation, settings.seed))
+    totals = make(work, asked, out, partial(VllmEngine, policy, settings.generation, settings.seed))
     write_prompts(out / "prompts.parquet", asked)
     typer.echo(
         f"{out}: {totals.completions:,} completions in {totals.groups:,} groups, {totals.tokens:,} tokens, "
@@ -198,9 +201,10 @@ def evaluate(
 
     from pipeline.evaluation import evaluate as measure
     from pipeline.evaluation import heldout
+    from pipeline.generation.vllm_engine import VllmEngine
     from pipeline.prompts import iter_prompts
 
-    start = partial(_vllm, policy, settings.for_evaluation(), settings.seed)
+    start = partial(VllmEngine, policy, settings.for_evaluation(), settings.seed)
     found = measure(policy, heldout(iter_prompts(prompts)), settings, out, start)
     for k, estimate in found.overall.items():
         typer.echo(f"pass@{k} {estimate.mean:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]")
@@ -391,12 +395,6 @@ def _require(policy: Path) -> None:
     """Refuses a missing policy before seconds are spent on imports."""
     if not (policy / "config.json").exists():
         raise RequestError(f"no policy in {policy}: expected a folder with config.json, weights and tokenizer")
-
-
-def _vllm(policy: Path, settings: Generation, seed: int) -> Engine:
-    from pipeline.generation.vllm_engine import VllmEngine
-
-    return VllmEngine(policy, settings, seed)
 
 
 def _become(words: list[str]) -> None:

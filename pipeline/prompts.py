@@ -111,6 +111,23 @@ def iter_prompts(path: Path) -> Iterator[Prompt]:
         raise RequestError(f"{path}: no prompts in it")
 
 
+@dataclass(frozen=True, slots=True)
+class PromptFile:
+    """The prompts of a file without repeats, read anew each time they are gone through; see `iter_prompts` for errors.
+
+    Memory holds their ids.
+    """
+
+    path: Path
+
+    def __iter__(self) -> Iterator[Prompt]:
+        seen = set[str]()
+        for prompt in iter_prompts(self.path):
+            if prompt.prompt_id not in seen:
+                seen.add(prompt.prompt_id)
+                yield prompt
+
+
 def read_prompts(path: Path) -> list[Prompt]:
     """All prompts of a file without repeats; see `iter_prompts` for errors."""
     return list({prompt.prompt_id: prompt for prompt in iter_prompts(path)}.values())

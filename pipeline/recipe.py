@@ -24,6 +24,8 @@ RECIPES = Path(__file__).parent / "recipes"
 Positive = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0)]
 DType = Literal["float32", "bfloat16"]
+Where = Literal["local", "ray"]
+"""In this process and its children, or on a Ray cluster: that of RAY_ADDRESS, else one for the length of the stage."""
 
 
 class _Part(BaseModel):
@@ -77,6 +79,12 @@ class Prompts(_Part):
 
 
 class Generation(_Part):
+    engine: Where = "local"
+    """`local`: one vLLM on this machine; `ray`: replicas of it on a Ray cluster, all writing into one dataset."""
+    replicas: Annotated[int, Field(ge=0)] = 0
+    """ray: engines, each on `tensor_parallel` GPUs of one node; 0: as many as the cluster has room for."""
+    replica_cpus: Positive = 1
+    """ray: CPUs that a replica reserves."""
     samples: Annotated[int, Field(ge=2)] = 8
     """Completions a prompt (G, the group)."""
     temperature: Annotated[float, Field(gt=0, le=10)] = 1.0
@@ -98,8 +106,10 @@ class Generation(_Part):
 
 
 class Verification(_Part):
+    engine: Where = "local"
+    """`ray`: one task a shard of rollouts on a Ray cluster."""
     workers: Annotated[int, Field(ge=0)] = 0
-    """Worker processes; 0: one a core."""
+    """Worker processes, on Ray those of one task; 0: one a core, on Ray one a task."""
     math_timeout_s: Seconds = 5.0
     code_timeout_s: Seconds = 4.0
     """Wall-clock seconds of one test."""

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import re
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from pipeline.recipe import Verification
+    from pipeline.scoring_on_ray import Places
 
 SETTLED = ("correct", "wrong", "no_answer")
 MOST_UNSETTLED = 0.01
@@ -89,8 +91,9 @@ def score(
     """Judges all rollouts of a folder and writes `out/<verifier>-<version>.parquet`.
 
     Interrupted, it goes on where it was; finished, a second call with the same rollouts, prompts and settings only
-    reads the summary. `progress(done, total)` is called for each verdict. Memory holds the prompts' ids, not their
-    tests, and eight bytes a rollout. Raises RequestError for a rollout whose prompt is not in `prompts`.
+    reads the summary. `progress(done, total)` is called for each verdict, with `engine: ray` for each shard. Memory
+    holds the prompts' ids, not their tests, and eight bytes a rollout. Raises RequestError for a rollout whose prompt
+    is not in `prompts`.
     """
     from pipeline.rollouts.durable import sha256_file, write_durably
     from pipeline.rollouts.store import read_manifest
@@ -99,16 +102,22 @@ def score(
     with contextlib.closing(References(prompts)) as references:
         tasks = sorted(references.tasks)
         versions = {find_verifier(task).name: find_verifier(task).version() for task in tasks}
-        judged = {name: value for name, value in settings.model_dump(mode="json").items() if name != "workers"}
+        judged = settings.model_dump(mode="json", exclude={"workers", "engine"})
         told = json.dumps([manifest.digest, sha256_file(prompts), judged, versions], sort_keys=True)
         journal = hashlib.sha256(told.encode()).hexdigest()
         done = _finished(out, journal)
         if done is not None:
             return done
         out.mkdir(parents=True, exist_ok=True)
-        with Spool(out / ".scoring.spool", journal) as spool:
-            _judge_all(rollouts, references, manifest.rows, spool, settings, progress)
-            summary = _write(out, rollouts, manifest.rows, spool, tasks)
+        if settings.engine == "ray":
+            from pipeline.scoring_on_ray import judged_on_ray
+
+            with judged_on_ray(rollouts, manifest, references, out, journal, settings, progress) as verdicts:
+                summary = _write(out, rollouts, manifest.rows, verdicts, tasks)
+        else:
+            with Spool(out / ".scoring.spool", journal) as spool:
+                _judge_all(rollouts, references, manifest.rows, spool, settings, progress)
+                summary = _write(out, rollouts, manifest.rows, spool.in_order(), tasks)
     write_durably(out / SUMMARY, json.dumps({"journal": journal, **asdict(summary)}, indent=1).encode())
     return summary
 
@@ -137,7 +146,7 @@ class References:
     def __init__(self, prompts: Path) -> None:
         from pipeline.prompts import iter_prompts
 
-        self._prompts = prompts
+        self.prompts = prompts
         self._places: dict[str, int] = {}
         self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (closed by `close`)
         self._last: tuple[str, tuple[str, str | None, str | None]] | None = None
@@ -147,11 +156,24 @@ class References:
             self._file.write(json.dumps([prompt.task, prompt.answer, prompt.tests]).encode() + b"\n")
             self.tasks.add(prompt.task)
 
+    def lend(self, place: Path) -> Places:
+        """Copies the file to where other machines can read it; returns where each prompt's line begins."""
+        import numpy as np
+
+        from pipeline.rollouts.tables import key64
+
+        self._file.seek(0)
+        with place.open("wb") as copy:
+            shutil.copyfileobj(self._file, copy, 1 << 20)
+        keys, offsets = key64(self._places), np.fromiter(self._places.values(), np.int64, len(self._places))
+        order = np.argsort(keys)
+        return keys[order], offsets[order]
+
     def find(self, prompt_id: str) -> tuple[str, str | None, str | None]:
         """(task, answer, tests). Raises RequestError for a prompt that is not in the file."""
         if self._last is None or self._last[0] != prompt_id:
             if prompt_id not in self._places:
-                raise RequestError(f"{self._prompts}: no prompt {prompt_id!r}, which a rollout answers")
+                raise RequestError(f"{self.prompts}: no prompt {prompt_id!r}, which a rollout answers")
             self._file.seek(self._places[prompt_id])
             task, answer, tests = json.loads(self._file.readline())
             self._last = prompt_id, (task, answer, tests)
@@ -202,8 +224,10 @@ def _judge_all(
                     progress(done, rows)
 
 
-def _write(out: Path, rollouts: Path, rows: int, spool: Spool, tasks: list[str]) -> ScoringSummary:
-    """The spool's verdicts as Parquet, in the rollouts' order, and what they come to."""
+def _write(
+    out: Path, rollouts: Path, rows: int, verdicts: Iterable[tuple[int, dict[str, Any]]], tasks: list[str]
+) -> ScoringSummary:
+    """The verdicts, numbered in the rollouts' order, as Parquet, and what they come to; canaries are behind them."""
     by_verifier: dict[str, Counter[str]] = {}
     isolation: Counter[str] = Counter()
     versions: dict[str, str] = {}
@@ -211,7 +235,7 @@ def _write(out: Path, rollouts: Path, rows: int, spool: Spool, tasks: list[str])
     flipped = []
     with _Files(out) as files:
         ids = _ids(rollouts)
-        for number, fields in spool.in_order():
+        for number, fields in verdicts:
             if number >= rows:
                 case, expected = CANARIES[number - rows]
                 if fields["status"] != expected:
@@ -226,7 +250,7 @@ def _write(out: Path, rollouts: Path, rows: int, spool: Spool, tasks: list[str])
             if verdict["reward"] is not None:
                 rewards, rewarded = rewards + verdict["reward"], rewarded + 1
         if written != rows:
-            raise WorkError(f"{out}: {written} verdicts for {rows} rollouts; delete {out / '.scoring.spool'}")
+            raise WorkError(f"{out}: {written} verdicts for {rows} rollouts; delete what begins with .scoring in it")
     return ScoringSummary(
         rows=rows,
         statuses=dict(sum(by_verifier.values(), Counter())),

@@ -21,6 +21,7 @@ from pipeline.advantages import advantages, is_uniform, standardised
 from pipeline.errors import RequestError, WorkError
 from pipeline.recipe import Learning
 from pipeline.rollouts.locate import Located
+from pipeline.rollouts.mirror import local_copy
 from pipeline.rollouts.store import Manifest, read_manifest, split_groups
 from pipeline.rollouts.tables import VerdictIndex
 from trainer.packing import Layout, lay_out
@@ -85,7 +86,7 @@ class Block:
     def read(self, columns: Sequence[str]) -> pa.Table:
         import pyarrow.parquet as pq
 
-        with pq.ParquetFile(self.path, page_checksum_verification=True) as file:
+        with pq.ParquetFile(local_copy(self.path), page_checksum_verification=True) as file:
             return file.read_row_group(self.row_group, columns=list(columns)).combine_chunks()
 
 
@@ -146,7 +147,7 @@ class View:
         number = 0
         for shard in self.manifests[place].shards:
             path = self.places[place].rollouts / shard.file
-            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            with pq.ParquetFile(local_copy(path), page_checksum_verification=True) as file:
                 for row_group in range(file.num_row_groups):
                     self.blocks.append(Block(path, row_group, place, number))
                     number += 1

@@ -50,7 +50,7 @@ class Job:
 
 def sample(job: Job, start_engine: StartEngine) -> None:
     """Evaluates the snapshot and samples and judges the round, each unless it is there already."""
-    recipe = run_recipe(job.run)
+    recipe = _here(run_recipe(job.run))
     engine = _Kept(job.policy, recipe, start_engine)
     try:
         if job.round is not None:
@@ -59,6 +59,11 @@ def sample(job: Job, start_engine: StartEngine) -> None:
             _evaluate(job, recipe, engine)
     finally:
         engine.end()
+
+
+def _here(recipe: Recipe) -> Recipe:
+    """Without the Ray cluster: one engine, kept from stage to stage, is the point of this module."""
+    return recipe.model_copy(update={"generation": recipe.generation.model_copy(update={"engine": "local"})})
 
 
 def _round(job: Job, recipe: Recipe, engine: _Kept, round: int) -> None:

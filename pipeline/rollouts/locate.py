@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pipeline.errors import RequestError
 from pipeline.layout import Run
+from pipeline.rollouts.places import is_url
 
 MANIFEST = "manifest.json"
 ROLLOUTS, PROMPTS, VERDICTS = "rollouts", "prompts/prompts.parquet", "verdicts"
@@ -34,19 +35,23 @@ class Located:
     """The run's snapshots, where a tokenizer may be found."""
 
 
-def is_url(place: str | Path) -> bool:
-    return "://" in str(place)
-
-
 def locate(place: str | Path, round: int | None = None) -> Located:
     """Resolves a DIR or DATASET of the command line.
 
-    A run's folder stands for its newest round unless `round` says otherwise. A URL (fsspec, or `hf://datasets/...`)
-    is imported into the cache first, which verifies it. Raises RequestError where nothing of the kind is there.
+    A run's folder stands for its newest round unless `round` says otherwise. Of a URL (fsspec, or `hf://datasets/...`)
+    an exported dataset is imported into the cache first, which verifies it; of rollouts that lie there as they were
+    written (a run, one of its rounds, what `oapl generate` left) only shards that are read come into the cache.
+    Raises RequestError where nothing of the kind is there.
     """
     if is_url(place):
+        from pipeline.rollouts.hub import is_hub
+        from pipeline.rollouts.mirror import mirrored
         from pipeline.rollouts.sharing import import_dataset
 
+        if not is_hub(str(place)):
+            found = mirrored(str(place), cache_folder(), round)
+            if found is not None:
+                return locate(*found)
         kept = cache_folder() / hashlib.sha256(str(place).encode()).hexdigest()[:16]
         import_dataset(str(place), kept, replace=True)
         return locate(kept, round)

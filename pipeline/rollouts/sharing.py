@@ -24,15 +24,16 @@ from typing import Any
 
 from pipeline.errors import OaplError, RequestError, WorkError
 from pipeline.rollouts import durable
-from pipeline.rollouts.locate import EXTRAS, PROMPTS, ROLLOUTS, VERDICTS, Located, is_url, locate
+from pipeline.rollouts.locate import EXTRAS, PROMPTS, ROLLOUTS, VERDICTS, Located, locate
+from pipeline.rollouts.mirror import local_copy
+from pipeline.rollouts.objects import filesystem_of, is_object_store
+from pipeline.rollouts.places import is_url
 from pipeline.rollouts.store import iter_batches, read_manifest
 
 SUMS = "SHA256SUMS"
 HUB = "hf://datasets/"
 _NAME = re.compile(r"^(?:[A-Za-z0-9_=-][A-Za-z0-9._=+-]*/)*[A-Za-z0-9_=-][A-Za-z0-9._=+-]*$")
 _BLOCK = 4 << 20
-_OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss"})
-"""These have no folders to make, and making one would make a bucket that was only misspelt."""
 
 
 @contextlib.contextmanager
@@ -81,7 +82,7 @@ def export_dataset(
     with new_folder(out, replace) as folder:
         (folder / ROLLOUTS).mkdir()
         for shard in manifest.shards:
-            shutil.copyfile(place.rollouts / shard.file, folder / ROLLOUTS / shard.file)
+            shutil.copyfile(local_copy(place.rollouts / shard.file), folder / ROLLOUTS / shard.file)
             if durable.sha256_file(folder / ROLLOUTS / shard.file) != shard.sha256:
                 raise WorkError(f"{place.rollouts / shard.file}: its bytes were changed; run `oapl rollouts validate`")
         manifest.save(folder / ROLLOUTS)
@@ -209,7 +210,7 @@ def reading(source: str) -> Iterator[Any]:
         with hub.reading(source) as read_hub:
             yield read_hub, source
         return
-    filesystem, root = _filesystem(source)
+    filesystem, root = filesystem_of(source)
 
     def read(name: str) -> Iterator[bytes]:
         with _remote(source, name), filesystem.open(f"{root}/{name}", "rb") as file:
@@ -239,14 +240,13 @@ def push_dataset(folder: Path, to: str) -> int:
     if not is_url(to):
         with new_folder(Path(to)) as copy:
             return sum(_copy(folder / name, copy / name) for name in [*sums, SUMS])
-    filesystem, root = _filesystem(to)
-    protocols = {filesystem.protocol} if isinstance(filesystem.protocol, str) else set(filesystem.protocol)
+    filesystem, root = filesystem_of(to)
     with _remote(to, ""):
         if filesystem.exists(f"{root}/{SUMS}"):
             filesystem.rm(f"{root}/{SUMS}")
         sent = 0
         for name in [*sums, SUMS]:
-            if not _OBJECT_STORES.intersection(protocols):
+            if not is_object_store(filesystem):
                 filesystem.makedirs(f"{root}/{name}".rpartition("/")[0], exist_ok=True)
             with (folder / name).open("rb") as local, filesystem.open(f"{root}/{name}", "wb") as remote:
                 shutil.copyfileobj(local, remote, _BLOCK)
@@ -258,20 +258,6 @@ def _copy(source: Path, target: Path) -> int:
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy2(source, target)  # with its time of change, which orders verdict files
     return target.stat().st_size
-
-
-def _filesystem(url: str) -> tuple[Any, str]:
-    import fsspec
-
-    try:
-        filesystem, root = fsspec.core.url_to_fs(url)
-    except ImportError as error:
-        raise RequestError(f"{url}: {' '.join(str(error).split())}; install the package that serves this URL") from None
-    except ValueError as error:
-        raise RequestError(
-            f"{url}: {' '.join(str(error).split())}; give a folder, an fsspec URL or {HUB}OWNER/NAME"
-        ) from None
-    return filesystem, root.rstrip("/")
 
 
 @contextlib.contextmanager

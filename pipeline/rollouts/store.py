@@ -6,34 +6,58 @@
       .lock                held by the one writer
 
 A group is generated once: it exists from the moment its shard is in the manifest, and a writer that
-finds a manifest goes on after it. Reading and writing stream; memory does not grow with the dataset.
+finds a manifest goes on after it. Reading and writing stream; memory grows by some bytes a group.
+Many processes may write one dataset (`shards`, `ledger`), and it may lie in an object store (`objects`).
 """
 
 from __future__ import annotations
 
 import bisect
-import hashlib
 import itertools
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal, Self
+from threading import Event
+from typing import IO, Any, Self
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipeline.errors import RequestError, WorkError
+from pipeline.errors import OaplError, RequestError, WorkError
 from pipeline.rollouts import durable
+from pipeline.rollouts.groups import GROUP_KEY, group_key, group_starts, split_groups
+from pipeline.rollouts.keys import Keys, PromptIds, one_group_key
+from pipeline.rollouts.ledger import Ledger
+from pipeline.rollouts.locate import locate
+from pipeline.rollouts.manifest import MANIFEST, Manifest, Provenance, Shard, file_metadata, read_manifest
+from pipeline.rollouts.mirror import local_copy
 from pipeline.rollouts.packing import Packed, logprob_flaw, pack, packed_flaw, unpack
-from pipeline.rollouts.schema import ROLLOUTS, SCHEMA_VERSION, Rollout
+from pipeline.rollouts.places import Place, is_url, place_of
+from pipeline.rollouts.schema import ROLLOUTS, Rollout
 
-MANIFEST = "manifest.json"
-GROUP_KEY = ("snapshot_id", "round", "prompt_id")
-"""Rows equal in these columns are one group: completions of one prompt by one behaviour policy."""
+__all__ = [
+    "GROUP_KEY",
+    "MANIFEST",
+    "GroupWriter",
+    "Manifest",
+    "Provenance",
+    "Rollout",
+    "RolloutWriter",
+    "Shard",
+    "durable",
+    "file_metadata",
+    "flaw",
+    "group_key",
+    "group_starts",
+    "iter_batches",
+    "put_shard",
+    "read_manifest",
+    "split_groups",
+    "token_flaw",
+    "write_shard",
+]
 
 ROW_GROUP_ROWS = 512
 ROW_GROUP_BYTES = 16 << 20
@@ -45,155 +69,6 @@ _SPLIT = ["prompt_tokens.list.element", "completion_tokens.list.element", "logpr
 """Columns stored with byte-stream-split: bytes of one significance together, which is what zstd can use."""
 _LEVELS = {"completion": 3, **dict.fromkeys(_SPLIT, 1)}
 """zstd levels, measured (docs/decisions/store.md): numbers gain nothing by a higher one."""
-
-RESUME_IGNORES = frozenset({"recipe", "code_version", "parents"})
-"""Provenance that may differ on resume: none of it changes what a prompt's completions are drawn from."""
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
-
-
-class Provenance(_Part):
-    """Where a dataset's rows come from. Written by generation or import; read by whoever is given the data."""
-
-    snapshot_id: str
-    snapshot_sha256: str
-    snapshot_step: int
-    round: int
-    sampling: dict[str, Any]
-    """samples, temperature, top_p, top_k, max_tokens, and the seed they start from."""
-    logprobs_mode: str
-    """`processed_logprobs`: after temperature, top-p and top-k; `missing`: to be recomputed before learning."""
-    engine: str
-    engine_version: str
-    tokenizer_sha256: str
-    chat_template_sha256: str
-    recipe: dict[str, Any] | None = None
-    code_version: str
-    prompts_sha256: str
-    parents: list[dict[str, Any]] = []
-    """Datasets this one was cut or joined from, each with its digest and the operation."""
-    imported: dict[str, Any] | None = None
-    """Of data that came in a foreign format: the format, the source, and whether it was re-tokenised."""
-
-
-class Shard(_Part):
-    file: str
-    rows: int
-    groups: int
-    bytes: int
-    sha256: str
-    tokens: int
-    """Completion tokens, not prompt tokens."""
-
-
-class Manifest(_Part):
-    """All that exists of a dataset. `digest` is over everything else in it, so over every byte of every shard."""
-
-    version: int = SCHEMA_VERSION
-    table: Literal["rollouts"] = "rollouts"
-    provenance: Provenance
-    samples: int | None
-    """Completions of each group; null where groups differ (imports, filters)."""
-    shards: list[Shard] = []
-    rows: int = 0
-    groups: int = 0
-    tokens: int = 0
-    digest: str = ""
-
-    def sealed(self) -> Manifest:
-        """The same with its digest."""
-        content = json.dumps(self.model_dump(mode="json", exclude={"digest"}), sort_keys=True)
-        return self.model_copy(update={"digest": hashlib.sha256(content.encode()).hexdigest()})
-
-    def with_shard(self, shard: Shard) -> Manifest:
-        return self.model_copy(
-            update={
-                "shards": [*self.shards, shard],
-                "rows": self.rows + shard.rows,
-                "groups": self.groups + shard.groups,
-                "tokens": self.tokens + shard.tokens,
-            }
-        ).sealed()
-
-    def save(self, folder: Path) -> None:
-        durable.write_durably(folder / MANIFEST, (self.model_dump_json(indent=1) + "\n").encode())
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """The folder's manifest, its digest checked.
-
-    Raises RequestError in one line where there is none, where it is of another schema version, and where
-    it was changed by other hands.
-    """
-    path = Path(folder) / MANIFEST
-    try:
-        tree = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise RequestError(f"{folder}: no {MANIFEST} here, so no rollout dataset; give a folder that has one") from None
-    except (OSError, ValueError) as error:
-        raise RequestError(
-            f"{path}: can't be read ({' '.join(str(error).split())}); take the dataset from its source again"
-        ) from None
-    version = tree.get("version") if isinstance(tree, dict) else None
-    if version != SCHEMA_VERSION:
-        raise RequestError(
-            f"{path}: schema version {version!r}, and this program reads version {SCHEMA_VERSION}; "
-            "install the oapl release that wrote it, or export the dataset with that release again"
-        )
-    try:
-        manifest = Manifest.model_validate(tree)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise RequestError(f"{path}: {where}: {first['msg']}; take the dataset from its source again") from None
-    if manifest.sealed().digest != manifest.digest:
-        raise RequestError(f"{path}: its digest does not fit its content; take the dataset from its source again")
-    return manifest
-
-
-def file_metadata(provenance: Provenance) -> dict[str, str]:
-    """Key-value metadata of every shard, so that a single file still says what it is."""
-    return {
-        "oapl.schema_version": str(SCHEMA_VERSION),
-        "oapl.table": "rollouts",
-        "oapl.provenance": provenance.model_dump_json(),
-    }
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any], where: str = "") -> list[str]:
-    lines = []
-    for key in sorted(old.keys() | new.keys()):
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            lines += _differences(before, after, f"{where}{key}.")
-        elif before != after:
-            lines.append(f"{where}{key}: {before} there, {after} now")
-    return lines
-
-
-def group_starts(batch: pa.RecordBatch | pa.Table) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Offsets of the rows that begin a group: ascending, the first is 0; empty for no rows."""
-    if batch.num_rows == 0:
-        return np.zeros(0, np.int64)
-    changed = np.zeros(batch.num_rows - 1, bool)
-    for name in GROUP_KEY:
-        column = batch[name]
-        changed |= pc.not_equal(column[1:], column[:-1]).to_numpy(zero_copy_only=False)
-    return np.concatenate([[0], np.flatnonzero(changed) + 1])
-
-
-def split_groups(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
-    """The batch's groups one by one, as views."""
-    starts = [*group_starts(batch).tolist(), batch.num_rows]
-    for start, end in itertools.pairwise(starts):
-        yield batch.slice(start, end - start)
-
-
-def group_key(group: pa.RecordBatch) -> tuple[str, int, str]:
-    """(snapshot_id, round, prompt_id) of a batch that is one group."""
-    return tuple(group[name][0].as_py() for name in GROUP_KEY)  # type: ignore[return-value]
 
 
 def flaw(group: pa.RecordBatch, samples: int | None) -> str | None:
@@ -227,86 +102,38 @@ def token_flaw(batch: pa.RecordBatch) -> str | None:
     return None
 
 
-class RolloutWriter:
-    """Appends whole groups to a folder's dataset; a context manager that holds the folder's lock.
+class GroupWriter:
+    """Takes whole groups and makes shards of them; the face that writers have in common. A context manager.
 
     A shard is written when it holds at least `shard_rows` rows, by a thread of its own while the next groups come in;
-    no second one is begun before it is committed, so that memory holds two shards at most. Leaving the context commits
-    the rest, also with an exception: a group that is whole is worth keeping. `samples` None admits groups of any size.
-
-    Raises RequestError where another writer holds the folder, or where a dataset of other settings is there
-    (it names the difference), and WorkError where the file system refuses; what was committed stays valid.
+    no second one is begun before it is done, so that memory holds two shards at most. Leaving the context commits
+    the rest, also with an exception: a group that is whole is worth keeping.
     """
 
-    committed: set[str]
-    """prompt_ids whose whole group is in the manifest; it grows as shards are committed."""
-
-    def __init__(self, folder: Path, provenance: Provenance, *, samples: int | None, shard_rows: int = 4096) -> None:
-        self.folder = Path(folder)
-        self._provenance, self._samples, self._shard_rows = provenance, samples, shard_rows
+    def __init__(self, place: Place, provenance: Provenance, samples: int | None, shard_rows: int) -> None:
+        self._place, self._provenance = place, provenance
+        self._samples, self._shard_rows = samples, shard_rows
         self._buffer: list[Packed | pa.RecordBatch] = []
         self._rows = self._bytes = 0
-        self._writing: tuple[Future[Manifest], set[str]] | None = None
+        self._writing: Future[None] | None = None
+        self._hurried = Event()
         self._failed = False
         self._thread = ThreadPoolExecutor(1, "rollout-shard")
-        with durable.told_in_one_line(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = durable.FolderLock(self.folder)
-        try:
-            with durable.told_in_one_line(self.folder):
-                self._opened = self._identity()
-                self.manifest = self._open()
-        except BaseException:
-            self._lock.release()
-            raise
 
-    def _identity(self) -> tuple[int, int]:
-        """Device and inode: after an unmount the path leads to the empty mount point, where a shard would be lost."""
-        status = self.folder.stat()
-        return status.st_dev, status.st_ino
+    def _groups_taken(self) -> Keys:
+        """Of the groups that are there or on their way, which are not taken again."""
+        raise NotImplementedError
 
-    def _open(self) -> Manifest:
-        """The manifest to go on from: the one that is there, or a new and empty one."""
-        self.committed, self._keys = set(), set[tuple[str, int, str]]()
-        if not (self.folder / MANIFEST).exists():
-            if any(self.folder.glob("part-*.parquet")):
-                raise RequestError(f"{self.folder}: holds Parquet files and no {MANIFEST}; choose another folder")
-            manifest = Manifest(provenance=self._provenance, samples=self._samples).sealed()
-            manifest.save(self.folder)
-            return manifest
-        manifest = read_manifest(self.folder)
-        self._refuse_other_settings(manifest)
-        self._sweep(manifest)
-        for shard in manifest.shards:
-            path = self.folder / shard.file
-            if not path.is_file() or path.stat().st_size != shard.bytes:
-                raise RequestError(f"{path}: not the {shard.bytes} bytes of the manifest; run `oapl rollouts validate`")
-            table = pq.read_table(path, columns=list(GROUP_KEY))
-            for start in group_starts(table).tolist():
-                self._remember(tuple(table[name][start].as_py() for name in GROUP_KEY))  # type: ignore[arg-type]
-        return manifest
+    def _write(self, groups: list[Packed | pa.RecordBatch]) -> None:
+        """Makes a shard of the groups, durably; runs in the background thread."""
+        raise NotImplementedError
 
-    def _refuse_other_settings(self, manifest: Manifest) -> None:
-        old = manifest.provenance.model_dump(mode="json", exclude=set(RESUME_IGNORES))
-        new = self._provenance.model_dump(mode="json", exclude=set(RESUME_IGNORES))
-        differences = _differences(old | {"group size": manifest.samples}, new | {"group size": self._samples})
-        if differences:
-            raise RequestError(
-                f"{self.folder}: holds a dataset of other settings ({'; '.join(differences)}); "
-                "choose another folder, or the settings it was begun with"
-            )
+    def _finish(self) -> None:
+        """Settles what `_write` has put off."""
 
-    def _sweep(self, manifest: Manifest) -> None:
-        """Deletes what a killed writer left: temporary files, and shards that never came into the manifest."""
-        listed = {shard.file for shard in manifest.shards}
-        for path in self.folder.iterdir():
-            orphan = path.name.startswith("part-") and path.suffix == ".parquet" and path.name not in listed
-            if path.name.startswith(durable.TEMPORARY) or orphan:
-                path.unlink()
-
-    def _remember(self, key: tuple[str, int, str]) -> None:
-        self._keys.add(key)
-        self.committed.add(key[2])
+    def _kept(self) -> str:
+        """What is safe, for an error's line."""
+        return ""
 
     def add_group(self, rollouts: Sequence[Rollout]) -> None:
         """Takes one whole group, in the order of its samples.
@@ -324,71 +151,71 @@ class RolloutWriter:
     def _add(
         self, group: Packed | pa.RecordBatch, key: tuple[str, int, str] | None, problem: str | None, rows: int
     ) -> None:
-        if problem is None and key in self._keys:
+        number = one_group_key(key) if key else 0
+        taken = self._groups_taken()
+        if problem is None and number in taken:
             problem = "the dataset has this group already"
         if problem is not None or key is None:
             prompt = f", prompt {key[2]}" if key else ""
-            raise WorkError(f"{self.folder}: group refused{prompt}: {problem}; nothing of it was written")
-        self._keys.add(key)
+            raise WorkError(f"{self._place.said()}: group refused{prompt}: {problem}; nothing of it was written")
+        taken.add(number)
         self._buffer.append(group)
         self._rows += rows
         self._bytes += group.nbytes
         if self._rows >= self._shard_rows or self._bytes >= SHARD_BYTES:
             self._hand_over()
-        elif self._writing is not None and self._writing[0].done():
+        elif self._writing is not None and self._writing.done():
             self._settle()
 
     def commit(self) -> None:
-        """Makes a shard of what is buffered, and returns when it is in the manifest.
+        """Makes a shard of what is buffered, and returns when it is committed.
 
         Raises WorkError where the file system refuses, also for a shard that was begun before.
         """
         self._hand_over()
         self._settle()
+        with self._told():
+            self._finish()
 
     def _hand_over(self) -> None:
         """Has the buffered groups written by the one background thread, while the caller goes on generating."""
         self._settle()
         if self._buffer:
             groups, self._buffer, self._rows, self._bytes = self._buffer, [], 0, 0
-            self._writing = self._thread.submit(self._write, groups), {_key(group)[2] for group in groups}
+            self._writing = self._thread.submit(self._write, groups)
 
     def _settle(self) -> None:
-        """Waits for the shard that is being written, if any, and takes over what came of it."""
+        """Waits for the shard that is being written, if any."""
         if self._failed:
-            raise WorkError(f"{self.folder}: a shard could not be written before; begin again, and it resumes")
+            raise WorkError(f"{self._place.said()}: a shard could not be written before; begin again, and it resumes")
         if self._writing is None:
             return
-        future, prompts = self._writing
+        self._hurried.set()
         try:
-            manifest = future.result()
-        except (
-            Exception
-        ) as error:  # whatever it was, nothing may be written after the gap; an interrupt is none of these
-            self._writing, self._failed = None, True
-            if isinstance(error, OSError):  # a full disk or a lost mount: people need the line, not the stack
-                kept = (
-                    f" ({self.manifest.rows} rows in {len(self.manifest.shards)} shards are committed and stay valid)"
-                )
-                raise durable.work_error(self.folder, error, kept) from error
-            raise
-        self._writing, self.manifest = None, manifest
-        self.committed |= prompts
+            with self._told():
+                self._writing.result()
+        finally:
+            self._writing = None
+            self._hurried.clear()
 
-    def _write(self, groups: list[Packed | pa.RecordBatch]) -> Manifest:
-        """The manifest with one more shard, durably; runs in the background thread."""
-        if self._identity() != self._opened:
-            raise FileNotFoundError("the folder is not the one that was opened: was it unmounted or replaced?")
-        number = 1 + max((int(shard.file[5:-8]) for shard in self.manifest.shards), default=-1)
-        shard = write_shard(self.folder / f"part-{number:05d}.parquet", groups, self._provenance)
-        manifest = self.manifest.with_shard(shard)
-        manifest.save(self.folder)
-        return manifest
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """A full disk or a lost mount: people need the line, not the stack. Afterwards nothing may be written."""
+        try:
+            yield
+        except OSError as error:
+            self._failed = True
+            with suppress(OSError, OaplError):  # whole shards that wait are worth keeping, if the disk allows it
+                self._finish()
+            raise self._place.work_error(error, self._kept()) from error
+        except Exception:  # whatever it was, nothing may be written after the gap; an interrupt is none of these
+            self._failed = True
+            raise
 
     def close(self) -> None:
         """Gives the folder back without committing what is buffered; a shard that is being written is finished."""
+        self._hurried.set()
         self._thread.shutdown()
-        self._lock.release()
 
     def __enter__(self) -> Self:
         return self
@@ -401,19 +228,109 @@ class RolloutWriter:
             self.close()
 
 
-def _key(group: Packed | pa.RecordBatch) -> tuple[str, int, str]:
+class RolloutWriter(GroupWriter):
+    """Appends to a folder's dataset, and holds the folder's lock: the dataset's one driver.
+
+    A group exists when its shard is in the manifest, which is written so seldom that it takes at most a twentieth of
+    the time. `samples` None admits groups of any size. With `shared` other processes may write, too (see `shards`);
+    `adopt` lists what they have made.
+
+    Raises RequestError where another writer holds the folder, or where a dataset of other settings is there
+    (it names the difference), and WorkError where the file system refuses; what was committed stays valid.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        provenance: Provenance,
+        *,
+        samples: int | None,
+        shard_rows: int = 4096,
+        shared: bool = False,
+    ) -> None:
+        super().__init__(place_of(folder), provenance, samples, shard_rows)
+        self.folder = folder
+        with ExitStack() as held:
+            try:
+                self._place.prepare()
+                held.enter_context(self._place.lock())
+                self._ledger = Ledger(self._place, provenance, samples, shared, self._rewrite)
+            except OSError as error:
+                raise self._place.work_error(error) from error
+            self._lock = held.pop_all()
+
+    @property
+    def manifest(self) -> Manifest:
+        """As it was last written."""
+        return self._ledger.manifest
+
+    @property
+    def committed(self) -> PromptIds:
+        """prompt_ids whose whole group is in the manifest; it grows as shards are committed."""
+        return self._ledger.committed
+
+    def adopt(self, *, now: bool = False) -> list[str]:
+        """Lists the shards that other writers have recorded; returns the prompt_ids that are committed by it.
+
+        To be called often: it does nothing while it would take more than a twentieth of the time, unless `now`.
+        Raises WorkError where the file system refuses, where a record is of other settings, and where another driver
+        has taken the dataset over.
+        """
+        self._settle()
+        try:
+            return self._ledger.adopt(now=now)
+        except OSError as error:
+            raise self._place.work_error(error, self._kept()) from error
+
+    def _rewrite(self, file: str, name: str, without: set[str]) -> Shard:
+        batches = self._place.parse(file, lambda source: list(_file_batches(source, list(ROLLOUTS.names), 1)))
+        groups = [batch for batch in batches if group_key(batch)[2] not in without]
+        return put_shard(self._place, name, groups, self._provenance)
+
+    def _groups_taken(self) -> Keys:
+        return self._ledger.taken
+
+    def _write(self, groups: list[Packed | pa.RecordBatch]) -> None:
+        ledger = self._ledger
+        shard = put_shard(self._place, ledger.next_name(), groups, self._provenance)
+        ledger.add(shard, [key_of(group)[2] for group in groups])
+        # Where shards come faster than the manifest may be written, the next one does not wait for it.
+        self._hurried.wait(ledger.pace.wait())
+        if not ledger.pace.wait():
+            ledger.write()
+
+    def _finish(self) -> None:
+        if self._ledger.shared and not self._failed:
+            self._ledger.adopt(now=True)
+        self._ledger.write()
+
+    def _kept(self) -> str:
+        manifest = self.manifest
+        return f" ({manifest.rows} rows in {len(manifest.shards)} shards are committed and stay valid)"
+
+    def close(self) -> None:
+        super().close()
+        self._lock.close()
+
+
+def key_of(group: Packed | pa.RecordBatch) -> tuple[str, int, str]:
     return group.key if isinstance(group, Packed) else group_key(group)
 
 
 def write_shard(path: Path, groups: Iterable[Packed | pa.RecordBatch], provenance: Provenance) -> Shard:
+    """The same as `put_shard`, as a file of this machine."""
+    return put_shard(place_of(path.parent), path.name, groups, provenance)
+
+
+def put_shard(place: Place, name: str, groups: Iterable[Packed | pa.RecordBatch], provenance: Provenance) -> Shard:
     """Writes whole groups as one durable Parquet file, sorted by prompt.
 
     Row groups hold whole groups. Tokens and log-probabilities are stored with byte-stream-split (the bytes of a
     float's exponent compress among themselves) and go through zstd. Each page has a checksum.
     """
-    ordered = sorted(groups, key=lambda group: (_key(group)[2], *_key(group)))
+    ordered = sorted(groups, key=lambda group: (key_of(group)[2], *key_of(group)))
     rows = tokens = 0
-    with durable.replacing(path) as temporary:
+    with place.new_file(name) as temporary:
         with pq.ParquetWriter(
             temporary,
             ROLLOUTS.with_metadata(file_metadata(provenance)),
@@ -431,7 +348,7 @@ def write_shard(path: Path, groups: Iterable[Packed | pa.RecordBatch], provenanc
                 tokens += pc.sum(pc.list_value_length(table["completion_tokens"])).as_py()
                 writer.write_table(table, row_group_size=1 << 30)
         size, digest = temporary.stat().st_size, durable.sha256_file(temporary)
-    return Shard(file=path.name, rows=rows, groups=len(ordered), bytes=size, sha256=digest, tokens=tokens)
+    return Shard(file=name, rows=rows, groups=len(ordered), bytes=size, sha256=digest, tokens=tokens)
 
 
 def _row_groups(groups: Iterable[Packed | pa.RecordBatch]) -> Iterator[list[pa.RecordBatch]]:
@@ -458,7 +375,7 @@ def _batches(groups: list[Packed | pa.RecordBatch]) -> list[pa.RecordBatch]:
 
 
 def iter_batches(
-    folder: Path, columns: Sequence[str] | None = None, batch_rows: int = 1024
+    folder: Path | str, columns: Sequence[str] | None = None, batch_rows: int = 1024
 ) -> Iterator[pa.RecordBatch]:
     """The dataset's rows in the manifest's order, columns in the order asked for.
 
@@ -470,10 +387,13 @@ def iter_batches(
     unknown = [name for name in names if name not in ROLLOUTS.names]
     if unknown:
         raise RequestError(f"{folder}: rollouts have no column {unknown[0]!r}; they have {', '.join(ROLLOUTS.names)}")
+    if is_url(folder):
+        yield from iter_batches(locate(folder).rollouts, columns, batch_rows)
+        return
     for shard in read_manifest(folder).shards:
         path = Path(folder) / shard.file
         try:
-            yield from _shard_batches(path, names, batch_rows)
+            yield from _file_batches(local_copy(path), names, batch_rows)
         except (
             OSError,
             ValueError,
@@ -484,10 +404,10 @@ def iter_batches(
             raise WorkError(f"{path}: can't be read ({reason}); run `oapl rollouts validate`") from error
 
 
-def _shard_batches(path: Path, names: list[str], batch_rows: int) -> Iterator[pa.RecordBatch]:
+def _file_batches(source: IO[bytes] | Path, names: list[str], batch_rows: int) -> Iterator[pa.RecordBatch]:
     schema = pa.schema([ROLLOUTS.field(name) for name in names])
     wanted = list(dict.fromkeys([*names, *GROUP_KEY]))
-    with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
+    with pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=False) as file:
         for number in range(file.num_row_groups):
             table = file.read_row_group(number, columns=wanted, use_threads=False).combine_chunks()
             bounds = [*group_starts(table).tolist(), table.num_rows]

@@ -31,10 +31,11 @@ def key64(ids: Iterable[str]) -> np.ndarray[Any, np.dtype[np.uint64]]:
     joined = "".join(texts)
     if all(len(text) == 16 for text in texts) and joined.isascii() and _HEX.issuperset(joined.encode()):
         return np.frombuffer(bytes.fromhex(joined), ">u8").astype(np.uint64)
-    return np.array([_key(text) for text in texts], np.uint64)
+    return np.array([one_key64(text) for text in texts], np.uint64)
 
 
-def _key(text: str) -> int:
+def one_key64(text: str) -> int:
+    """The same of one id."""
     if len(text) == 16 and text.isascii() and _HEX.issuperset(text.encode()):
         return int(text, 16)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")

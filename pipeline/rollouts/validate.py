@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import RequestError, WorkError
 from pipeline.rollouts import durable
 from pipeline.rollouts.locate import Located
+from pipeline.rollouts.mirror import local_copy
 from pipeline.rollouts.schema import PROMPTS, ROLLOUTS, SCHEMA_VERSION, STATUSES, UNSCORABLE, VERDICTS, FinishReason
 from pipeline.rollouts.store import Manifest, Shard, flaw, group_key, read_manifest, split_groups
 from pipeline.rollouts.tables import key64, parquet_batches, verdict_files
@@ -73,6 +74,7 @@ def validate(place: Located, decode: Decode | None = None) -> Iterator[Problem]:
 
 def _shard(path: Path, shard: Shard, manifest: Manifest, seen: _Seen, decode: Decode | None) -> Iterator[Problem]:
     readable, seen.complete = seen.complete, False
+    path = local_copy(path)
     if not path.is_file():
         yield Problem(shard.file, None, "is in the manifest and missing in the folder")
         return

@@ -1,0 +1,125 @@
+"""One engine of several: an actor that generates the groups it is given and writes them where all others write."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from pipeline import snapshots
+from pipeline.errors import RequestError
+from pipeline.generation.engine import Engine
+from pipeline.generation.groups import Groups, Work
+from pipeline.prompts import Prompt
+from pipeline.rollouts.store import Provenance
+
+SLICE_S = 0.2
+"""How long a replica works before it reports. Two slices are always asked for, so that it never waits."""
+COMMIT_S = 300.0
+"""A group that is whole is on the disk after so many seconds at the latest: more is not lost with a replica."""
+
+
+@dataclass(slots=True)
+class Report:
+    """What a replica did since the report before."""
+
+    completions: int = 0
+    tokens: int = 0
+    finished: list[str] = field(default_factory=list)
+    """prompt_ids of the groups that became whole."""
+    recorded: int = 0
+    """Groups whose shard is durable, in all; the driver may list them."""
+    steps: int = 0
+    seconds: float = 0.0
+    """Spent in those steps."""
+
+
+class Replica:
+    """Lives in a process of its own, on another machine perhaps; only prompts and reports go to and fro."""
+
+    def __init__(
+        self,
+        work: Work,
+        start_engine: Callable[[], Engine],
+        folder: str,
+        origin: Provenance,
+        writer: str,
+    ) -> None:
+        self._work, self._start_engine = work, start_engine
+        self._folder, self._origin, self._name = folder, origin, writer
+        self._inbox: deque[Prompt] = deque()
+        self._report = Report()
+        self._buffered = 0
+        self._committed_at = time.monotonic()
+
+    def start(self) -> None:
+        """Loads the policy. Raises RequestError where this machine does not see what the others do."""
+        from pipeline.generation.generate import engine_version
+        from pipeline.rollouts.shards import ShardWriter
+
+        where = f"node {socket.gethostname()}"
+        settings = self._work.settings
+        if not (self._work.policy / "config.json").exists():
+            raise RequestError(f"{where} does not see {self._work.policy}; put the policy where all nodes can read it")
+        found = engine_version()
+        if found != self._origin.engine_version:
+            raise RequestError(
+                f"{where} has vLLM {found}, and the dataset is of {self._origin.engine_version}; "
+                "install the same on all nodes"
+            )
+        try:
+            self._writer = ShardWriter(
+                self._folder, self._origin, samples=settings.samples, writer=self._name, shard_rows=settings.shard_rows
+            )
+        except RequestError as error:  # only here is it known on which machine
+            raise RequestError(f"{where}: {error} (rollouts go to a folder that all nodes share)") from None
+        snapshot = snapshots.load_record(self._work.policy)
+        # What waits in an engine's queue can't be taken by an idle one: it is kept just full.
+        limit = max(settings.max_num_seqs, settings.samples)
+        self._groups = Groups(self._work, snapshot, self._start_engine, self._count, limit)
+        self._groups.start()
+
+    def work(self, prompts: Sequence[Prompt], more: bool) -> Report:
+        """Works for SLICE_S on what it has and on `prompts`. `more` False: no others wait, so commit when idle."""
+        self._inbox.extend(prompts)
+        deadline = time.monotonic() + SLICE_S
+        while (began := time.monotonic()) < deadline:
+            while self._inbox and self._groups.room:
+                self._groups.add(self._inbox.popleft())
+            if not self._groups.in_flight:
+                if not more:
+                    self._commit()
+                if not self._report.finished:
+                    time.sleep(deadline - began)
+                break
+            for group in self._groups.step():
+                self._writer.add_group(group)
+                self._buffered += 1
+                self._report.finished.append(group[0].prompt_id)
+            self._report.steps += 1
+            self._report.seconds += time.monotonic() - began
+        if time.monotonic() - self._committed_at > COMMIT_S:
+            self._commit()
+        report, self._report = self._report, Report()
+        report.recorded = self._writer.recorded
+        return report
+
+    def stop(self) -> None:
+        """Commits the groups that are whole; those in the engine are given up."""
+        try:
+            with self._writer:
+                pass
+        finally:
+            self._groups.close()
+
+    def _commit(self) -> None:
+        self._committed_at = time.monotonic()
+        if self._buffered:
+            self._writer.commit()
+            self._buffered = 0
+
+    def _count(self, completions: int, tokens: int) -> None:
+        self._report.completions += completions
+        self._report.tokens += tokens

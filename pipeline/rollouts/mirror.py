@@ -1,0 +1,161 @@
+"""Rollouts at a URL, read as if they were here: the manifest now, each shard when it is first needed.
+
+<cache>/<hash of the URL>-mirror/     laid out as the run, or as what `oapl generate --out` leaves
+  rollouts/round=0000/manifest.json, origin.json    origin.json says where its shards are fetched from
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+from pipeline.errors import RequestError, WorkError
+from pipeline.rollouts import durable
+from pipeline.rollouts.manifest import MANIFEST, Manifest, Shard, parse_manifest
+from pipeline.rollouts.objects import Objects
+
+ORIGIN = "origin.json"
+SUMS = "SHA256SUMS"
+_ROUND = re.compile(r"(.*)/rollouts/(round=\d+)")
+
+
+def local_copy(path: Path) -> Path:
+    """The shard's path; where it belongs to a mirrored dataset and is not here yet, it is fetched first.
+
+    Of several processes that ask at once one fetches. Raises WorkError where the store refuses, or gives other bytes
+    than the manifest says.
+    """
+    if path.exists() or not (path.parent / ORIGIN).exists():
+        return path
+    url = json.loads((path.parent / ORIGIN).read_bytes())["url"]
+    shard = _shards(path.parent / MANIFEST, (path.parent / MANIFEST).stat().st_mtime_ns).get(path.name)
+    if shard is None:
+        return path
+    place = Objects(url)
+    with _one_at_a_time(path), durable.told_in_one_line(path.parent):
+        if not path.exists():
+            with durable.replacing(path) as temporary:
+                try:
+                    place.fetch(path.name, temporary)
+                except FileNotFoundError:
+                    raise WorkError(f"{place.said(path.name)}: is in the manifest and missing in the store") from None
+                except OSError as error:
+                    raise place.work_error(error) from error
+                if temporary.stat().st_size != shard.bytes or durable.sha256_file(temporary) != shard.sha256:
+                    raise WorkError(f"{place.said(path.name)}: its bytes are not those of the manifest; not used")
+    return path
+
+
+@lru_cache(maxsize=8)
+def _shards(manifest: Path, _changed: int) -> dict[str, Shard]:
+    return {shard.file: shard for shard in parse_manifest(manifest.read_bytes(), str(manifest)).shards}
+
+
+@contextlib.contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    lock = path.with_name(f".fetching-{path.name}")
+    descriptor = os.open(lock, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+        lock.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+
+
+def mirrored(url: str, cache: Path, round: int | None) -> tuple[Path, int | None] | None:
+    """A local folder for `locate`, and the round in it; None where the URL has no rollouts to be read in place.
+
+    The URL names a run's folder, one round of its rollouts, or what `oapl generate` wrote. Prompts and verdicts are
+    brought up to date; shards stay where they are (see `local_copy`).
+    """
+    url = url.rstrip("/")
+    named = _ROUND.fullmatch(url)
+    with _told(url):
+        if Objects(url).sizes([SUMS]):
+            return None  # an exported dataset is imported, which verifies all of it
+        if named is None and Objects(url).sizes([MANIFEST]):
+            kept = _folder(cache, url)
+            _mirror_rollouts(url, kept)
+            _mirror_files(Objects(url), kept, ["prompts.parquet"])
+            _mirror_folder(Objects(url), kept, "verdicts")
+            return kept, round
+        root = url if named is None else named[1]
+        place = Objects(root)
+        rounds = [named[2]] if named else [name for name in place.folders("rollouts") if name.startswith("round=")]
+        if named is None and round is not None:
+            rounds = [name for name in rounds if int(name.removeprefix("round=")) == round]
+        rounds = [name for name in rounds if place.sizes([f"rollouts/{name}/{MANIFEST}"])]
+        if not rounds:
+            return None
+        newest = max(rounds)
+        kept = _folder(cache, root)
+        _mirror_rollouts(f"{root}/rollouts/{newest}", kept / "rollouts" / newest)
+        _mirror_files(place, kept, ["prompts.parquet", f"prompts/{newest}.parquet"])
+        _mirror_folder(place, kept, f"verdicts/{newest}")
+        return kept, int(newest.removeprefix("round="))
+
+
+@contextlib.contextmanager
+def _told(url: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise Objects(url).work_error(error) from error
+
+
+def _folder(cache: Path, url: str) -> Path:
+    return cache / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-mirror"
+
+
+def _mirror_rollouts(url: str, folder: Path) -> None:
+    """The manifest as it is now; shards that it has no more, or other bytes of, are not kept."""
+    data = Objects(url).read(MANIFEST)
+    manifest = parse_manifest(data, f"{url}/{MANIFEST}")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / MANIFEST
+    old: Manifest | None = None
+    if path.exists():
+        with contextlib.suppress(RequestError):
+            old = parse_manifest(path.read_bytes(), str(path))
+    if old is None or old.digest != manifest.digest:
+        for shard in set(old.shards if old else []) - set(manifest.shards):
+            (folder / shard.file).unlink(missing_ok=True)
+        durable.write_durably(path, manifest.encoded())
+    if not (folder / ORIGIN).exists():
+        durable.write_durably(folder / ORIGIN, json.dumps({"url": url}).encode())
+
+
+def _mirror_folder(place: Objects, kept: Path, folder: str) -> None:
+    entries = [entry for entry in place.entries(folder) if not entry.name.startswith(".")]
+    there = kept / folder
+    for path in there.glob("*") if there.is_dir() else []:
+        if path.is_file() and not path.name.startswith(".") and path.name not in {entry.name for entry in entries}:
+            path.unlink()
+    _mirror_files(place, kept, [f"{folder}/{entry.name}" for entry in entries])
+
+
+def _mirror_files(place: Objects, kept: Path, names: list[str]) -> None:
+    """Fetches what is new or has changed; with its time of change, which orders verdict files."""
+    for folder in sorted({name.rpartition("/")[0] for name in names}):
+        prefix = f"{folder}/" if folder else ""
+        for entry in place.entries(folder):
+            if prefix + entry.name in names:
+                _mirror_file(place, kept, prefix + entry.name, entry.bytes, entry.modified)
+
+
+def _mirror_file(place: Objects, kept: Path, name: str, size: int, modified: float) -> None:
+    path = kept / name
+    if path.exists() and path.stat().st_size == size and abs(path.stat().st_mtime - modified) < 1e-3:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with durable.replacing(path) as temporary:
+        place.fetch(name, temporary)
+        os.utime(temporary, (modified, modified))
