@@ -384,17 +384,20 @@ class _Learner:
             if number == len(plan) - 1:
                 norm = self._plain_norm()
             self.engine.step()
-            if part and self.team.leads:
-                metrics |= {"loss": losses.detach().sum(), "tokens": batch.mask.sum(), **diagnostics(batch)}
-                metrics |= self._counts(part, taken)
-                metrics["entropy"], metrics["entropy_tokens"] = self.engine.module.entropy
-                sums += torch.stack([metrics[name].double().to(self.device) for name in self.names])
+            if part:
+                # Each rank of a team has the entropy of its own share; the rest is the same on all of them.
+                found = dict(zip(("entropy", "entropy_tokens"), self.engine.module.entropy, strict=True))
+                if self.team.leads:
+                    found |= {"loss": losses.detach().sum(), "tokens": batch.mask.sum(), **diagnostics(batch)}
+                    found |= metrics | self._counts(part, taken)
+                zero = torch.zeros(())
+                sums += torch.stack([found.get(name, zero).double().to(self.device) for name in self.names])
         if self.ranks > 1:
             dist.all_reduce(sums)
         self.steps += 1
         norm = float(self.engine.get_global_grad_norm() or norm)
-        found = dict(zip(self.names, sums.tolist(), strict=True))
-        return self._record(found, rows, rate, norm, time.monotonic() - started)
+        told = dict(zip(self.names, sums.tolist(), strict=True))
+        return self._record(told, rows, rate, norm, time.monotonic() - started)
 
     def _counts(self, rows: Sequence[int], taken: Pass) -> dict[str, torch.Tensor]:
         """What a forward pass was, in numbers that need no device."""
