@@ -91,10 +91,7 @@ def iter_prompts(path: Path) -> Iterator[Prompt]:
 
     Raises RequestError that names the file and the line (or row) of the first bad one.
     """
-    if not path.exists():
-        raise RequestError(
-            f"no prompt file {path}; give a .jsonl or .parquet file of task, messages (or prompt), and answer or tests"
-        )
+    _refuse_missing(path)
     if path.suffix == ".parquet":
         rows: Iterable[tuple[str, Any]] = _parquet_rows(path)
     elif path.suffix in (".jsonl", ".json"):
@@ -111,6 +108,13 @@ def iter_prompts(path: Path) -> Iterator[Prompt]:
         raise RequestError(f"{path}: no prompts in it")
 
 
+def _refuse_missing(path: Path) -> None:
+    if not path.exists():
+        raise RequestError(
+            f"no prompt file {path}; give a .jsonl or .parquet file of task, messages (or prompt), and answer or tests"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class PromptFile:
     """The prompts of a file without repeats, read anew each time they are gone through; see `iter_prompts` for errors.
@@ -119,6 +123,9 @@ class PromptFile:
     """
 
     path: Path
+
+    def __post_init__(self) -> None:
+        _refuse_missing(self.path)
 
     def __iter__(self) -> Iterator[Prompt]:
         seen = set[str]()

@@ -138,6 +138,8 @@ class _Fleet:
             if self._unlisted:
                 self._adopt(now=not self._open_groups())
             self._relieve()
+        # The manifest may have listed groups before their replica's last report told of them.
+        self._progress.add(-sum(member.counted for member in self._members))
 
     def _open_groups(self) -> int:
         """Groups that are not whole yet, as far as is known here."""

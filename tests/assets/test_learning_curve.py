@@ -5,11 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import dagster as dg
-import pytest
-from asset_world import World
-
-from assets import learning_curve
 from assets.learning_curve import LearningCurve
 
 
@@ -65,28 +60,3 @@ def test_a_day_has_some_hundred_points(tmp_path: Path) -> None:
         curve(f"learn: {number:,}/20,000 steps, 6 s left")
     assert 100 < len(told) < 400
     assert told[:3] == [1, 2, 3]
-
-
-def test_a_round_that_learns_leaves_a_curve(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the real learner, on the world's rollouts: observations of the round, while its step runs."""
-    from assets.definitions import defs
-
-    monkeypatch.setattr(learning_curve, "LEAST_S", 0.0)
-    with dg.DagsterInstance.from_config(str(world.root / "dagster")) as instance:
-        result = defs.resolve_job_def("training_round").execute_in_process(
-            instance=instance,
-            partition_key="0000",
-            asset_selection=[dg.AssetKey("trained_policy")],
-            run_config={"ops": {"trained_policy": {"config": {"epochs": 3}}}, "loggers": {"terminal": {}}},
-        )
-        assert result.success
-        seen = [event.asset_observation_data.asset_observation for event in result.get_asset_observation_events()]
-        (made,) = result.get_asset_materialization_events()
-    assert seen and {found.partition for found in seen} == {"0000"}
-    for found in seen:
-        numbers = {name: value.value for name, value in found.metadata.items()}
-        assert numbers["loss"] > 0 and numbers["gradient norm"] > 0
-        # The same names as in the round's own numbers.
-        assert set(numbers) <= set(made.materialization.metadata)
-    steps = [int(found.metadata["step"].value) for found in seen]
-    assert steps == sorted(steps) and steps[-1] == made.materialization.metadata["step"].value

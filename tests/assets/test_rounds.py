@@ -215,7 +215,7 @@ def test_a_partition_that_is_no_round_says_so(world: World, instance: dg.Dagster
         result = defs.resolve_job_def("generation_round").execute_in_process(
             instance=instance, partition_key=partition, raise_on_error=False, run_config={"loggers": {"terminal": {}}}
         )
-        said = failure(result, "frozen_policy")
+        said = failure(result, "prompt_set")
         assert said == f"partition {partition!r} is no round; rounds are named 0000, 0001, ..."
     finally:
         instance.delete_dynamic_partition("rounds", partition)
@@ -256,3 +256,28 @@ def test_a_bad_recipe_is_one_line(tmp_path: Path, words: list[str]) -> None:
     assert refused.returncode == 2
     assert refused.stderr.startswith("oapl: ") and refused.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_round_that_learns_leaves_a_curve(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the real learner, on the world's rollouts: observations of the round, while its step runs."""
+    from assets.definitions import defs
+
+    monkeypatch.setattr("assets.learning_curve.LEAST_S", 0.0)
+    with dg.DagsterInstance.from_config(str(world.root / "dagster")) as instance:
+        result = defs.resolve_job_def("training_round").execute_in_process(
+            instance=instance,
+            partition_key="0000",
+            asset_selection=[dg.AssetKey("trained_policy")],
+            run_config={"ops": {"trained_policy": {"config": {"epochs": 3}}}, "loggers": {"terminal": {}}},
+        )
+        assert result.success
+        seen = [event.asset_observation_data.asset_observation for event in result.get_asset_observation_events()]
+        (made,) = result.get_asset_materialization_events()
+    assert seen and {found.partition for found in seen} == {"0000"}
+    for found in seen:
+        numbers = {name: value.value for name, value in found.metadata.items()}
+        assert numbers["loss"] > 0 and numbers["gradient norm"] > 0
+        # The same names as in the round's own numbers.
+        assert set(numbers) <= set(made.materialization.metadata)
+    steps = [int(found.metadata["step"].value) for found in seen]
+    assert steps == sorted(steps) and steps[-1] == made.materialization.metadata["step"].value
