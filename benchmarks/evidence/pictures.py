@@ -145,7 +145,7 @@ def _by_step(table: str, lag: int, task: str, metric: str, title: str) -> Callab
 def _by_k(task: str) -> Callable[[Any, Tables], None]:
     def panel(axis: Any, tables: Tables) -> None:
         part = tables["passk"].filter(pl.col("task") == task)
-        _lines(axis, part, "k", "lower right", f"pass@k, {task}", "k")
+        _lines(axis, part, "k", "lower right", f"pass@k, {task.removeprefix('tiny-')}", "k")
         axis.set_xscale("log", base=2)
         axis.set_xticks([1, 4, 16, 64, 256], ["1", "4", "16", "64", "256"])
 
@@ -204,7 +204,7 @@ PICTURES: dict[str, tuple[str, list[Callable[[Any, Tables], None]], tuple[str, .
     "generations": ("What a completion buys", [_by_samples], ("lags",)),
     "passk": (
         "pass@k before and after 400 steps at lag 400",
-        [_by_k("all"), _by_k("arithmetic"), _by_k("programs")],
+        [_by_k("all"), _by_k("tiny-arithmetic"), _by_k("tiny-programs")],
         ("passk",),
     ),
     "betas": ("Betas, from one stored dataset", [_by_beta], ("betas",)),
