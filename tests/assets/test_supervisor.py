@@ -27,9 +27,10 @@ print("stage: 1/2 things, 1 s left", flush=True)
 time.sleep(600)
 """
 SUPERVISING = """
-import sys
+import signal, sys
 from pathlib import Path
 from assets.supervisor import run_child
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell started the tests in the background
 run_child([sys.executable, "-c", sys.argv[1], sys.argv[2]], Path(sys.argv[3]), lambda text: print(text, flush=True))
 """
 
