@@ -24,6 +24,8 @@ from pipeline.generation.generate import Work, generate
 from pipeline.prompts import Prompt, make_prompt, write_prompts
 from pipeline.rollouts.store import read_manifest
 
+pytestmark = pytest.mark.system  # a cluster of two nodes takes the better part of a minute to come up and to be used
+
 Oapl = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -105,7 +107,6 @@ def test_a_wrong_request_is_one_line(
         pass
 
 
-@pytest.mark.system
 def test_what_a_lost_replica_and_a_lost_node_had_in_flight_is_made_by_others(
     cluster: Any, plain: pl.DataFrame, tmp_path: Path, random_policy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,7 +136,6 @@ def test_what_a_lost_replica_and_a_lost_node_had_in_flight_is_made_by_others(
     assert capsys.readouterr().err.count(" groups are given to others") == 2
 
 
-@pytest.mark.system
 def test_a_killed_driver_goes_on_where_it_was(
     cluster: Any, plain: pl.DataFrame, tmp_path: Path, random_policy: Path
 ) -> None:
@@ -161,7 +161,6 @@ def test_a_killed_driver_goes_on_where_it_was(
     assert rows(tmp_path / "ray").equals(plain)
 
 
-@pytest.mark.system
 def test_a_straggler_is_relieved_of_its_last_groups(
     cluster: Any, plain: pl.DataFrame, tmp_path: Path, random_policy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -173,7 +172,6 @@ def test_a_straggler_is_relieved_of_its_last_groups(
     assert slow < 60 < 180 < fast
 
 
-@pytest.mark.system
 def test_what_kills_every_replica_ends_the_round_in_one_line(cluster: Any, tmp_path: Path, random_policy: Path) -> None:
     asked = prompts(12)
     engine = NotedEngine(tmp_path / "notes", fails_on=asked[7].prompt_id)
@@ -184,7 +182,6 @@ def test_what_kills_every_replica_ends_the_round_in_one_line(cluster: Any, tmp_p
         generate(Work(random_policy, settings(), 3, 11), [long], tmp_path / "other", NotedEngine(tmp_path / "n"))
 
 
-@pytest.mark.system
 def test_the_real_engine_on_two_nodes(cluster: Any, tmp_path: Path, random_policy: Path, oapl: Oapl) -> None:
     """The command line with and without a cluster: the same completions are asked for, and of the same seeds."""
     lines = [{"task": "math", "prompt": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(16)]
