@@ -15,7 +15,7 @@ from pipeline.recipe import Learning, Recipe
 from pipeline.rollouts import durable
 from trainer import adapters, packing, sequence
 from trainer.batches import Pass
-from trainer.logprobs import sampled_entropy, token_logprobs
+from trainer.logprobs import with_entropy
 from trainer.packing import Layout
 from trainer.policy import load_policy
 from trainer.sequence import Share, Team
@@ -61,8 +61,8 @@ class Scored(torch.nn.Module):
         hidden = self.model.base_model(input_ids=ids, use_cache=False, **told).last_hidden_state
         chosen = hidden.flatten(0, 1).index_select(0, sources)
         head = self.model.get_output_embeddings()
-        self.entropy = sampled_entropy(head, chosen, self.temperature)
-        return token_logprobs(head, chosen, targets, self.temperature)
+        logprobs, self.entropy = with_entropy(head, chosen, targets, self.temperature)
+        return logprobs
 
 
 def score(engine: Any, taken: Pass) -> torch.Tensor:

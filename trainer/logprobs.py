@@ -26,13 +26,31 @@ def token_logprobs(head: Head, hidden: Tensor, targets: Tensor, temperature: flo
     tokens there are and however large the vocabulary is, and a pass that fits computes nothing twice. Softmax and
     sums are in float32 whatever the weights are. Nats.
     """
+    return in_one_call(head, hidden, lambda call, inside: _in_chunks(head, call, inside, targets, temperature))
+
+
+def with_entropy(head: Head, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """`token_logprobs` and `sampled_entropy` of the same tokens, within one call of the head."""
+    entropy: list[Tensor] = []
+
+    def both(call: Head, inside: Tensor) -> Tensor:
+        entropy.append(sampled_entropy(call, inside, temperature))
+        return _in_chunks(head, call, inside, targets, temperature)
+
+    return in_one_call(head, hidden, both), entropy[0]
+
+
+def in_one_call(head: Head, hidden: Tensor, work: Callable[[Head, Tensor], Tensor]) -> Tensor:
+    """`work(call, hidden)`, in which `call` is what the head computes and may be called any number of times.
+
+    ZeRO-3 gathers the weight while the module is called, and each rank must make as many calls: one, whatever the
+    number of chunks. So all of the work is done inside of it, by its hooks' leave.
+    """
     if not hasattr(getattr(head, "weight", None), "ds_id"):
-        return _in_chunks(head, head, hidden, targets, temperature)
-    # ZeRO-3 gathers the weight while the module is called, and each rank must make as many calls: one, whatever the
-    # number of chunks. So all of them are made inside of it, by its hooks' leave.
+        return work(head, hidden)
     assert isinstance(head, torch.nn.Module)
     called = functools.partial(type(head).forward, head)
-    head.forward = lambda gathered: _in_chunks(head, called, gathered, targets, temperature)  # type: ignore[method-assign]
+    head.forward = functools.partial(work, called)  # type: ignore[method-assign]
     try:
         found: Tensor = head(hidden)
     finally:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from pipeline.errors import OaplError
 from pipeline.generation.engine import Completion, Request
 from pipeline.generation.generate import Work, generate
@@ -59,8 +61,22 @@ class NotedEngine:
             time.sleep(0.1)
         raise AssertionError(f"only {len(holding)} engines came so far")
 
+    def wait_for_living(self, engines: int) -> None:
+        """Until the processes of no more than so many engines live."""
+        deadline = time.monotonic() + 120
+        while (living := sum(map(_lives, self.asked()))) > engines:
+            assert time.monotonic() < deadline, f"{living} engines still live"
+            time.sleep(0.1)
+
     def go(self) -> None:
         (self.notes / "go").touch()
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 class _Engine:

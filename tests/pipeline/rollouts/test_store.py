@@ -15,7 +15,7 @@ import pytest
 from rollout_data import group, groups, provenance, write
 
 from pipeline.errors import RequestError, WorkError
-from pipeline.rollouts import store
+from pipeline.rollouts import durable, store
 from pipeline.rollouts.schema import ROLLOUTS
 from pipeline.rollouts.store import RolloutWriter, iter_batches, read_manifest
 
@@ -52,7 +52,7 @@ def test_the_manifest_counts_what_is_there(tmp_path: Path) -> None:
     assert manifest.tokens == sum(len(rollout.completion_tokens) for rows in groups(20) for rollout in rows)
     for shard in manifest.shards:
         assert (tmp_path / shard.file).stat().st_size == shard.bytes
-        assert store.durable.sha256_file(tmp_path / shard.file) == shard.sha256
+        assert durable.sha256_file(tmp_path / shard.file) == shard.sha256
     assert manifest.digest == manifest.sealed().digest != write(tmp_path / "other", count=19).digest
 
 

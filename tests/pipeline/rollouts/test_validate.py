@@ -13,7 +13,7 @@ from rollout_data import dataset, group, groups, prompt, verdict, write, write_v
 
 from pipeline.errors import RequestError
 from pipeline.prompts import write_prompts
-from pipeline.rollouts import store
+from pipeline.rollouts import durable, store
 from pipeline.rollouts.locate import locate
 from pipeline.rollouts.packing import as_batch
 from pipeline.rollouts.store import read_manifest
@@ -81,7 +81,7 @@ def rewrite(folder: Path, rows: list[list[store.Rollout]], metadata: dict[str, s
         shard = store.write_shard(path, batches, manifest.provenance)
     else:
         pq.write_table(pa.Table.from_batches(batches).replace_schema_metadata(metadata), path)
-        sizes = {"bytes": path.stat().st_size, "sha256": store.durable.sha256_file(path)}
+        sizes = {"bytes": path.stat().st_size, "sha256": durable.sha256_file(path)}
         shard = manifest.shards[0].model_copy(update=sizes)
     shards = [shard, *manifest.shards[1:]]
     totals = {name: sum(getattr(s, name) for s in shards) for name in ("rows", "groups", "tokens")}
