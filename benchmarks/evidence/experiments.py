@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import product
+from itertools import pairwise, product
+from pathlib import Path
 
 COMPARED = "data/compare"
 SEEDS = "0,1,2"
@@ -121,9 +122,26 @@ def behaviour() -> Iterator[Words]:
         yield fresh(f"behaviour-{dtype}", 64, *both(SHORT), *recomputed, *told)
 
 
+def smollm2() -> Iterator[Words]:
+    """A pretrained model, one seed, at the recipe's rate and beta2; neither loss was tuned on it."""
+    words = ["--recipe", "smollm2", "--out", f"{COMPARED}/smollm2", *arm("oapl", "oapl")]
+    words += arm("grpo", "grpo", "clip_low=0.5", "clip_high=2.0")
+    yield [*words, "--lag", "32", "--set", "evaluation.samples=32", "--set", "evaluation.ks=[1,2,4,8,16,32]"]
+    yield [*words, "--lag", "8", "--steps", "32"]
+
+
 EXPERIMENTS = {
     made.__name__: made
-    for made in (quick, tune, lags, short_lag, generations, betas, groups, epochs, replay, behaviour)
+    for made in (quick, tune, lags, short_lag, generations, betas, groups, epochs, replay, behaviour, smollm2)
 }
-ALL = ("lags", "short_lag", "generations", "betas", "groups", "epochs", "replay", "behaviour")
+ALL = ("lags", "short_lag", "behaviour", "generations", "smollm2", "replay", "betas", "groups", "epochs")
 """What `make evidence` runs; `quick` and `tune` are on their own."""
+
+
+def folders(words: Words) -> set[str]:
+    """The comparisons' folders that a call writes to or reads from."""
+    told = dict(pairwise(words))
+    places = {Path(told["--out"])}
+    if "--rollouts" in told:
+        places.add(Path(told["--rollouts"]).parents[1])
+    return {str(place) for place in places}
