@@ -8,35 +8,43 @@ store that is measured and not the disk. Each line of the table is a size that t
   seconds        wall-clock since the start, and `upkeep`: of those, in listing, records and manifest
   driver MiB     resident memory of the driver above what it had before the first record
 
-Then: validation that each group is there once, opening the dataset again, and the scorer's spool.
---paper N makes no shards but only their records, N rollouts' worth, for the real ledger.
+Then: that each rollout is there once, opening the dataset again, and judging the first so many of it.
+--paper N is N rollouts by the real scheduler on as many simulated replicas, on a clock of their own: they die at the
+rate at which machines do, some are slow, and they put records without shards. `driver CPU s` is without the simulation.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import multiprocessing
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from benchmarks.scale.crew import Cluster, TimedCrew
 from benchmarks.scale.replicas import Load, lengths_of, log_normal, prompt_name, provenance, shares, site
 from pipeline.errors import WorkError
+from pipeline.generation.fleet import Fleet
+from pipeline.prompts import Prompt, write_prompts
+from pipeline.recipe import Generation, Verification
 from pipeline.rollouts import places
-from pipeline.rollouts.ledger import COMMITS, Ledger, Record
+from pipeline.rollouts.ledger import Ledger
 from pipeline.rollouts.manifest import MANIFEST, Shard, identity
 from pipeline.rollouts.store import RolloutWriter, iter_batches, read_manifest
+from pipeline.scoring import score
 
-PAPER_RECORDS = 64
-"""That a manifest takes in, on paper."""
+INTERRUPTIONS = 419 / (54 * 24 * 16384)
+"""Of a card in an hour, unexpected: 419 in 54 days on 16,384 H100 (The Llama 3 Herd of Models, section 3.3.4)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +70,8 @@ class Watch:
         self._before = psutil.Process().memory_info().rss
         self._peak = self._before
         self.marks: list[Mark] = []
+        self.without: TimedCrew | None = None
+        """What runs in this process and is no part of the driver."""
 
     def look(self, ledger: Ledger, folder: Path) -> None:
         self._peak = max(self._peak, psutil.Process().memory_info().rss)
@@ -74,7 +84,7 @@ class Watch:
                     len(manifest.shards),
                     time.perf_counter() - self._began,
                     ledger.pace.spent,
-                    time.process_time() - self._cpu,
+                    time.process_time() - self._cpu - (self.without.cpu if self.without else 0.0),
                     (self._peak - self._before) / 2**20,
                     (folder / MANIFEST).stat().st_size,
                 )
@@ -119,11 +129,9 @@ def fill(folder: Path, options: argparse.Namespace, load: Load) -> list[Mark]:
 
 
 def after(folder: Path, options: argparse.Namespace) -> None:
-    """Each group once; opening again; what judging keeps for each rollout."""
+    """Each rollout once; opening again."""
     from pipeline.rollouts.keys import Keys
     from pipeline.rollouts.tables import key64
-    from pipeline.verifiers.cases import Verdict
-    from pipeline.verifiers.spool import Spool
 
     rows = read_manifest(folder).rows
     began, seen = time.perf_counter(), Keys()
@@ -136,65 +144,135 @@ def after(folder: Path, options: argparse.Namespace) -> None:
     with RolloutWriter(folder, provenance(options.samples), samples=options.samples) as writer:
         seconds, grown = time.perf_counter() - began, psutil.Process().memory_info().rss - before
         print(f"opened again: {len(writer.committed):,} groups known in {seconds:.1f} s, {grown / 2**20:.1f} MiB more")
-    began, before = time.perf_counter(), psutil.Process().memory_info().rss
-    with Spool(folder / ".spool") as spool:
-        for number in range(rows):
-            spool.add(Verdict(str(number), "fake", "1", "correct", 1.0, "", 1.0, "none"))
-        count = sum(1 for _ in spool.in_order())
-    seconds, grown = time.perf_counter() - began, psutil.Process().memory_info().rss - before
-    print(f"spool of verdicts: {count / seconds:,.0f}/s in and out, {grown / 2**20:.1f} MiB for {count:,}")
+
+
+def judged(folder: Path, options: argparse.Namespace) -> None:
+    """The real scorer and math verifier on the first shards of the dataset, up to each size."""
+    print("\nJudging\n  rollouts   seconds  rollouts/s  MiB above its start")
+    for size in sorted(options.sizes):
+        part = _first(folder, size)
+        rows = read_manifest(part).rows
+        before = peak = psutil.Process().memory_info().rss
+
+        def look(done: int, total: int) -> None:
+            nonlocal peak
+            if done % 1000 == 0:
+                peak = max(peak, psutil.Process().memory_info().rss)
+
+        began = time.perf_counter()
+        found = score(part, part / "prompts.parquet", part / "verdicts", Verification(), look)
+        seconds = time.perf_counter() - began
+        if found.statuses != {"correct": rows // options.samples, "wrong": rows - rows // options.samples}:
+            raise WorkError(f"{part}: {found.statuses}: one of each group's {options.samples} answers is right")
+        print(f"{rows:10,} {seconds:9.1f} {rows / seconds:11,.0f} {(peak - before) / 2**20:20.1f}")
+        shutil.rmtree(part)
+
+
+def _first(folder: Path, rows: int) -> Path:
+    """A dataset of the folder's first shards that hold so many rows, with its prompts."""
+    part = folder.with_name(f"first-{rows}")
+    part.mkdir()
+    manifest, shards = read_manifest(folder), []
+    while sum(shard.rows for shard in shards) < rows:
+        shards.append(manifest.shards[len(shards)])
+        os.link(folder / shards[-1].file, part / shards[-1].file)
+    manifest.model_copy(update={"shards": [], "rows": 0, "groups": 0, "tokens": 0}).with_shards(shards).save(part)
+    ids = (one for batch in iter_batches(part, ["prompt_id"]) for one in dict.fromkeys(batch[0].to_pylist()))
+    prompts = (Prompt(one, "math", "simulated", "train", (("user", "Which?"),), "3") for one in ids)
+    write_prompts(part / "prompts.parquet", prompts)
+    return part
 
 
 class PaperFolder(places.Folder):
-    """Shards that its records tell of are taken to be there."""
+    """Shards are taken to be there, in the size that their records tell: as many bytes as rows."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self.told: dict[str, int] = {}
 
     def sizes(self, names: Iterable[str]) -> dict[str, int]:
-        return {name: self.told[name] for name in names if name in self.told}
+        return {name: self.told.pop(name) for name in names if name in self.told}  # asked once of each
+
+    def read_many(self, names: Iterable[str]) -> dict[str, bytes]:
+        found = super().read_many(names)
+        for data in found.values():
+            shard = json.loads(data)["shard"]
+            self.told[shard["file"]] = shard["bytes"]
+        return found
 
 
-def paper(folder: Path, options: argparse.Namespace) -> list[Mark]:
-    """The real ledger and real records of --paper rollouts in shards of --paper-shard-rows, and no shard."""
+class PaperWriter:
+    """What the scheduler asks of a RolloutWriter, over the real ledger."""
+
+    def __init__(self, ledger: Ledger, watch: Watch, folder: Path) -> None:
+        self._ledger, self._watch, self._folder = ledger, watch, folder
+        self.committed = ledger.committed
+        self.seconds = 0.0
+
+    def adopt(self, *, now: bool = False) -> list[str]:
+        began = time.perf_counter()
+        found = self._ledger.adopt(now=now)
+        self._watch.look(self._ledger, self._folder)
+        self.seconds += time.perf_counter() - began
+        return found
+
+
+class Count:
+    """What the scheduler counts for the one who waits."""
+
+    done = 0
+
+    def add(self, count: int, tokens: int = 0) -> None:
+        self.done += count
+
+
+def paper(folder: Path, options: argparse.Namespace, lengths: tuple[int, ...]) -> list[Mark]:
+    """The real scheduler, ledger and records of --paper rollouts on simulated replicas, and no shards."""
     origin, place = provenance(options.samples), PaperFolder(folder)
     place.prepare()
+    groups = options.paper // options.samples
+    told = Cluster(
+        replicas=options.replicas,
+        slots=options.sequences,
+        samples=options.samples,
+        shard_rows=options.paper_shard_rows,
+        tokens_per_s=options.pace,
+        deaths_per_hour=options.deaths,
+        slow=options.slow,
+        lengths=lengths,
+        identity=identity(origin, options.samples),
+        folder=folder,
+    )
 
     def rewrite(file: str, name: str, without: set[str]) -> Shard:
-        raise AssertionError("no group comes twice here")
+        raise AssertionError("a dead replica's records are whole or not there")
 
     with place.lock():
         ledger = Ledger(place, origin, options.samples, True, rewrite)
-        sizes = [
-            10**exponent * factor
-            for exponent in range(4, 8)
-            for factor in (1, 3)
-            if 10**exponent * factor <= options.paper
-        ]
-        watch = Watch([*sizes, options.paper] if options.paper not in sizes else sizes)
-        for number, record in enumerate(_records(options, identity(origin, options.samples)), 1):
-            place.told[record.shard.file] = record.shard.bytes
-            name = record.shard.file.removeprefix("part-").removesuffix(".parquet")
-            # Not made durable: it is the driver's work that is measured here.
-            (folder / COMMITS / f"{name}.json").write_text(record.model_dump_json())
-            # Records come far faster than replicas make them; so often a manifest, whatever its share of this time.
-            ledger.adopt(now=number % PAPER_RECORDS == 0)
-            watch.look(ledger, folder)
-        ledger.adopt(now=True)
-        watch.look(ledger, folder)
+        watch, crew, count = Watch(powers(options.paper)), TimedCrew(told), Count()
+        watch.without = crew
+        writer = PaperWriter(ledger, watch, folder)
+        settings = Generation(samples=options.samples, max_num_seqs=options.sequences)
+        prompts = (Prompt(prompt_name(n), "math", "simulated", "train", (), None, None) for n in range(groups))
+        fleet = Fleet(crew, settings, prompts, groups, writer, count)
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            fleet.run()
+        fleet.stop()
+        writer.adopt(now=True)
+    if len(ledger.committed) != groups or ledger.manifest.rows != count.done:
+        raise WorkError(f"{folder}: {len(ledger.committed)} of {groups} groups, {count.done} rollouts were counted")
+    again = sum(int(line.split("; ")[1].split()[0]) for line in said.getvalue().splitlines())
+    print(
+        f"{options.replicas} replicas for {crew.now() / 3600:.1f} h: {crew.heard:,} reports, {crew.records:,} records, "
+        f"{crew.deaths} replicas lost, {again:,} groups given to others; the simulation took {crew.seconds:.0f} s"
+    )
     return watch.marks
 
 
-def _records(options: argparse.Namespace, settings: str) -> Iterator[Record]:
-    per_shard = options.paper_shard_rows // options.samples
-    groups = options.paper // options.samples
-    for number, first in enumerate(range(0, groups, per_shard)):
-        ids = [prompt_name(group) for group in range(first, min(first + per_shard, groups))]
-        rows = len(ids) * options.samples
-        file = f"part-000001-paper-00000000-{number:05d}.parquet"
-        shard = Shard(file=file, rows=rows, groups=len(ids), bytes=10**8, sha256="0" * 64, tokens=rows * 1000)
-        yield Record(epoch=1, identity=settings, shard=shard, prompt_ids=ids)
+def powers(most: int) -> list[int]:
+    """10,000, 30,000, 100,000, ... up to the number."""
+    exponents = range(4, len(str(most)))
+    return [size for exponent in exponents for size in (10**exponent, 3 * 10**exponent) if size < most] + [most]
 
 
 def joined(file: Path, measured: list[Mark], on_paper: list[Mark]) -> tuple[list[Mark], list[Mark]]:
@@ -216,24 +294,27 @@ def draw(out: Path, measured: list[Mark], on_paper: list[Mark]) -> None:
     figure = Figure(figsize=(WIDTH, 3.9), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 3)
-    titles = ("Seconds, and a line of slope one", "Driver's memory above its start, MiB", "Manifest, bytes")
-    names = ("seconds", "mib", "manifest_bytes")
-    series = [("shards and all", measured), ("ledger alone, on paper", on_paper)]
-    for axis, title, name in zip(panels, titles, names, strict=True):
+    series = [("shards and all", measured), ("simulated replicas, no shards", on_paper)]
+    panels_of: list[tuple[str, Callable[[Mark], float]]] = [
+        ("Seconds, and a line of slope one", lambda mark: mark.seconds),
+        ("Driver's processor time, µs a rollout", lambda mark: mark.cpu / mark.rollouts * 1e6),
+        ("Driver's memory above its start, MiB", lambda mark: mark.mib),
+    ]
+    for axis, (title, value) in zip(panels, panels_of, strict=True):
         for colour, (label, marks) in zip(COLOURS, series, strict=False):
-            if marks:
-                x = [mark.rollouts for mark in marks]
-                y = [getattr(mark, name) for mark in marks]
-                axis.plot(x, y, color=colour, marker="o", markersize=4, linewidth=1.8, label=label)
-                if name == "seconds":
-                    line = [y[-1] * value / x[-1] for value in x]
-                    axis.plot(x, line, color=colour, linewidth=0.8, linestyle=":")
+            if not marks:
+                continue
+            x, y = [mark.rollouts for mark in marks], [value(mark) for mark in marks]
+            axis.plot(x, y, color=colour, marker="o", markersize=4, linewidth=1.8, label=label)
+            if axis is panels[0]:
+                axis.plot(x, [y[-1] * at / x[-1] for at in x], color=colour, linewidth=0.8, linestyle=":")
         axis.set_xscale("log")
-        if name != "mib":
-            axis.set_yscale("log")
+        axis.minorticks_off()
         plain(axis, title)
         axis.set_xlabel("rollouts in the manifest", fontsize=8, color=FAINT)
-    panels[1].set_ylim(bottom=0)
+    panels[0].set_yscale("log")
+    for axis in panels[1:]:
+        axis.set_ylim(bottom=0)
     panels[0].legend(frameon=False, fontsize=8)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, format="png", dpi=110)
@@ -254,8 +335,12 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=32_768)
     parser.add_argument("--run", type=Path, help="a run's folder, whose lengths are drawn from instead")
     parser.add_argument("--tokens", type=int, default=12, help="mean length of what is stored")
-    parser.add_argument("--paper", type=int, default=10**7, help="rollouts of the ledger alone; 0: none")
+    parser.add_argument("--paper", type=int, default=10**6, help="rollouts on simulated replicas; 0: none")
     parser.add_argument("--paper-shard-rows", type=int, default=4096)
+    parser.add_argument("--sequences", type=int, default=128, help="that a simulated engine decodes at a time")
+    parser.add_argument("--pace", type=float, default=30.0, help="tokens a second of each")
+    parser.add_argument("--deaths", type=float, default=8 * INTERRUPTIONS, help="of a simulated replica in an hour")
+    parser.add_argument("--slow", type=float, default=0.01, help="share of replicas that are six times as slow")
     parser.add_argument("--folder", type=Path, help="where to write, and leave, the dataset; else a temporary folder")
     parser.add_argument("--marks", type=Path, help="JSON of what was measured, which several runs fill for one picture")
     parser.add_argument("--picture", type=Path, help="PNG to draw")
@@ -264,9 +349,6 @@ def main() -> None:
     print(f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.2f} at the start; {asdict_of(options)}")
     place = options.folder or Path(tempfile.mkdtemp(prefix="oapl-scale-"))
     try:
-        on_paper = paper(place / "paper", options) if options.paper else []
-        if on_paper:
-            table("The ledger alone, records without shards", on_paper)
         load = Load(
             str(place / "rollouts"), options.samples, options.shard_rows, options.slots, options.failures, lengths,
             options.tokens,
@@ -275,6 +357,10 @@ def main() -> None:
         if measured:
             table("Shards and all", measured)
             after(place / "rollouts", options)
+            judged(place / "rollouts", options)
+        on_paper = paper(place / "paper", options, lengths) if options.paper else []
+        if on_paper:
+            table("Scheduler and ledger on simulated replicas, records without shards", on_paper)
         if options.marks:
             measured, on_paper = joined(options.marks, measured, on_paper)
         if options.picture:

@@ -140,7 +140,8 @@ class Site:
             rows.append(
                 Rollout(
                     schema.rollout_id(SNAPSHOT, 0, prompt, sample, sample), 0, SNAPSHOT, 0, prompt, sample,
-                    self._tokens[:8], self._tokens[:stored], self._logprobs[:stored], "text", "stop", sample,
+                    self._tokens[:8], self._tokens[:stored], self._logprobs[:stored], f"It is \\boxed{{{sample}}}.",
+                    "stop", sample,
                 )
             )  # fmt: skip
         return rows

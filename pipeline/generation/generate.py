@@ -56,7 +56,7 @@ def generate(work: Work, prompts: Iterable[Prompt], out: Path, start_engine: Cal
             if on_ray:
                 from pipeline.generation.on_ray import generate_on_ray
 
-                generate_on_ray(work, snapshot, start_engine, missing, wanted, writer, progress)
+                generate_on_ray(work, start_engine, missing, wanted, writer, progress)
             else:
                 _generate_here(work, snapshot, start_engine, missing, writer, progress)
         finally:

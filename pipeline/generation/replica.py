@@ -15,10 +15,16 @@ from pipeline.generation.groups import Groups, Work
 from pipeline.prompts import Prompt
 from pipeline.rollouts.store import Provenance
 
-SLICE_S = 0.2
-"""How long a replica works before it reports. Two slices are always asked for, so that it never waits."""
-COMMIT_S = 300.0
-"""A group that is whole is on the disk after so many seconds at the latest: more is not lost with a replica."""
+COMMIT_S, COMMIT_SHARE = 300.0, 0.1
+
+
+def longest_unsafe(age: float) -> float:
+    """Seconds for which a group that is whole may wait for its shard, in a replica that was begun `age` seconds ago.
+
+    Five minutes, or a tenth of its age, so that a round of days does not end in a hundred thousand small shards, and
+    no more than a tenth of a replica's work is ever lost.
+    """
+    return max(COMMIT_S, COMMIT_SHARE * age)
 
 
 @dataclass(slots=True)
@@ -52,7 +58,7 @@ class Replica:
         self._inbox: deque[Prompt] = deque()
         self._report = Report()
         self._buffered = 0
-        self._committed_at = time.monotonic()
+        self._begun = self._committed_at = time.monotonic()
 
     def start(self) -> None:
         """Loads the policy. Raises RequestError where this machine does not see what the others do."""
@@ -81,10 +87,13 @@ class Replica:
         self._groups = Groups(self._work, snapshot, self._start_engine, self._count, limit)
         self._groups.start()
 
-    def work(self, prompts: Sequence[Prompt], more: bool) -> Report:
-        """Works for SLICE_S on what it has and on `prompts`. `more` False: no others wait, so commit when idle."""
+    def work(self, prompts: Sequence[Prompt], more: bool, seconds: float) -> Report:
+        """Works for so long on what it has and on `prompts`. `more` False: no others wait, so commit when idle.
+
+        Two calls are always under way, so that it never waits for the next.
+        """
         self._inbox.extend(prompts)
-        deadline = time.monotonic() + SLICE_S
+        deadline = time.monotonic() + seconds
         while (began := time.monotonic()) < deadline:
             while self._inbox and self._groups.room:
                 self._groups.add(self._inbox.popleft())
@@ -100,7 +109,8 @@ class Replica:
                 self._report.finished.append(group[0].prompt_id)
             self._report.steps += 1
             self._report.seconds += time.monotonic() - began
-        if time.monotonic() - self._committed_at > COMMIT_S:
+        now = time.monotonic()
+        if now - self._committed_at > longest_unsafe(now - self._begun):
             self._commit()
         report, self._report = self._report, Report()
         report.recorded = self._writer.recorded

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.dataclasses import dataclass
 
 from pipeline.errors import RequestError
 from pipeline.rollouts import durable
@@ -49,7 +51,10 @@ class Provenance(Part):
     """Of data that came in a foreign format: the format, the source, and whether it was re-tokenised."""
 
 
-class Shard(Part):
+@dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid"))
+class Shard:
+    """One file of the dataset. Not a Part: there may be tens of thousands, and a model takes four times the memory."""
+
     file: str
     rows: int
     groups: int
@@ -74,9 +79,18 @@ class Manifest(Part):
     digest: str = ""
 
     def sealed(self) -> Manifest:
-        """The same with its digest."""
-        content = json.dumps(self.model_dump(mode="json", exclude={"digest"}), sort_keys=True)
-        return self.model_copy(update={"digest": hashlib.sha256(content.encode()).hexdigest()})
+        """The same with its digest: SHA-256 of the rest as JSON with sorted keys.
+
+        Fed to it shard by shard, as tens of thousands of them would be several times the manifest's size otherwise.
+        """
+        empty = self.model_dump(mode="json", exclude={"digest", "shards"}) | {"shards": []}
+        before, shards, after = json.dumps(empty, sort_keys=True).rpartition('"shards": [')
+        digest = hashlib.sha256((before + shards).encode())
+        for number, shard in enumerate(self.shards):
+            comma = ", " if number else ""
+            digest.update((comma + json.dumps(asdict(shard), sort_keys=True)).encode())
+        digest.update(after.encode())
+        return self.model_copy(update={"digest": digest.hexdigest()})
 
     def with_shards(self, shards: Sequence[Shard]) -> Manifest:
         return self.model_copy(

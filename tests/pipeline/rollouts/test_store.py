@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -54,6 +56,10 @@ def test_the_manifest_counts_what_is_there(tmp_path: Path) -> None:
         assert (tmp_path / shard.file).stat().st_size == shard.bytes
         assert durable.sha256_file(tmp_path / shard.file) == shard.sha256
     assert manifest.digest == manifest.sealed().digest != write(tmp_path / "other", count=19).digest
+    rest = {
+        name: value for name, value in json.loads((tmp_path / "manifest.json").read_bytes()).items() if name != "digest"
+    }
+    assert manifest.digest == hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def test_shards_are_sorted_hold_whole_groups_and_say_what_they_are(

@@ -82,7 +82,7 @@ def rewrite(folder: Path, rows: list[list[store.Rollout]], metadata: dict[str, s
     else:
         pq.write_table(pa.Table.from_batches(batches).replace_schema_metadata(metadata), path)
         sizes = {"bytes": path.stat().st_size, "sha256": durable.sha256_file(path)}
-        shard = manifest.shards[0].model_copy(update=sizes)
+        shard = replace(manifest.shards[0], **sizes)
     shards = [shard, *manifest.shards[1:]]
     totals = {name: sum(getattr(s, name) for s in shards) for name in ("rows", "groups", "tokens")}
     manifest.model_copy(update={"shards": shards, **totals}).sealed().save(folder)
@@ -146,7 +146,7 @@ def test_shards_of_another_schema_or_version_are_refused(tmp_path: Path) -> None
 def test_missing_shards_and_false_counts(tmp_path: Path) -> None:
     write(tmp_path, count=6, shard_rows=12)
     manifest = read_manifest(tmp_path)
-    shard = manifest.shards[0].model_copy(update={"rows": 13})
+    shard = replace(manifest.shards[0], rows=13)
     manifest.model_copy(update={"shards": [shard, manifest.shards[1]]}).sealed().save(tmp_path)
     (tmp_path / "part-00001.parquet").unlink()
     found = problems(tmp_path)
