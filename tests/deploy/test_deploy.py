@@ -63,18 +63,56 @@ def test_pods_mount_what_they_declare() -> None:
                 assert mounted == volumes, path
 
 
+def instance_config() -> dict[str, Any]:
+    maps = [found for found in documents(DEPLOY / "kubernetes" / "dagster.yaml") if found["kind"] == "ConfigMap"]
+    told: dict[str, Any] = yaml.safe_load(
+        next(found["data"]["dagster.yaml"] for found in maps if "dagster.yaml" in found["data"])
+    )
+    return told
+
+
 def test_dagsters_instance_is_what_dagster_takes() -> None:
     """And lets in as many rounds and steps at once as the one for a single machine."""
     from dagster import Shape
     from dagster._config import validate_config
     from dagster._core.instance.config import dagster_instance_config_schema
 
-    maps = [found for found in documents(DEPLOY / "kubernetes" / "dagster.yaml") if found["kind"] == "ConfigMap"]
-    told = yaml.safe_load(next(found["data"]["dagster.yaml"] for found in maps if "dagster.yaml" in found["data"]))
+    told = instance_config()
     checked = validate_config(Shape(dagster_instance_config_schema()), told)
     assert checked.success, checked.errors
     usual = yaml.safe_load((DEPLOY.parent / "dagster.yaml").read_text(encoding="utf-8"))
     assert (told["concurrency"], told["run_retries"]) == (usual["concurrency"], usual["run_retries"])
+
+
+def test_the_launcher_makes_a_job_that_kubernetes_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dagster's own launcher, with the settings it has there, and the Job that it would start for a round."""
+    from dagster import DagsterRun, Shape
+    from dagster._config import process_config
+    from dagster_k8s import K8sRunLauncher
+    from dagster_k8s.job import construct_dagster_k8s_job
+    from kubernetes.client import ApiClient
+
+    place = tmp_path / "kubeconfig"
+    names = {"cluster": "here", "user": "nobody"}
+    config = {"current-context": "it", "contexts": [{"name": "it", "context": names}]}
+    config |= {"clusters": [{"name": "here", "cluster": {"server": "https://localhost:1"}}]}
+    place.write_text(yaml.safe_dump({**config, "users": [{"name": "nobody", "user": {}}]}), encoding="utf-8")
+    monkeypatch.setenv("OAPL_NAMESPACE", "oapl")
+    told = instance_config()["run_launcher"]["config"] | {"load_incluster_config": False, "kubeconfig_file": str(place)}
+    checked = process_config(Shape(K8sRunLauncher.config_type()), told)
+    assert checked.success, checked.errors
+    launcher = K8sRunLauncher.from_config_value(None, checked.value)  # type: ignore[arg-type]
+    context = launcher.get_container_context_for_run(DagsterRun(job_name="whole_round"))
+    settings = context.get_k8s_job_config("oapl:latest", launcher)
+    job = construct_dagster_k8s_job(
+        settings, ["round"], "oapl-round", context.run_k8s_config, pod_name="oapl-round", component="run_worker"
+    )
+    made = ApiClient().sanitize_for_serialization(job)
+    kubernetes_validate.validate(made, KUBERNETES, strict=True)
+    [container] = made["spec"]["template"]["spec"]["containers"]
+    assert container["envFrom"] == [{"configMapRef": {"name": "oapl-environment"}}]
+    assert {mount["name"] for mount in container["volumeMounts"]} == {"data", "recipe", "shm"}
+    assert made["spec"]["backoffLimit"] == 0
 
 
 def test_secrets_are_named_and_not_written() -> None:
