@@ -75,8 +75,9 @@ def lags() -> Iterator[Words]:
 
 
 def short_lag() -> Iterator[Words]:
-    """Eight rounds of eight steps: the paper's baseline is GRPO on samples as fresh as these."""
+    """Rounds of eight and of four steps: the paper's baseline is GRPO on samples as fresh as these."""
     yield fresh("short_lag", 8, *both(SHORT), "--steps", "64")
+    yield fresh("short_lag", 4, *arm("grpo", "grpo", *SHORT["grpo"]), "--steps", "64")
 
 
 def generations() -> Iterator[Words]:

@@ -91,7 +91,7 @@ def _by_lag(task: str, metric: str, title: str) -> Callable[[Any, Tables], None]
 
 def _by_samples(axis: Any, tables: Tables) -> None:
     """Held-out pass@1 after so many completions were generated."""
-    table = tables["lags"].filter((pl.col("lag") == 8) | (pl.col("variant") == "oapl-4-epochs"))
+    table = tables["lags"].filter((pl.col("lag") <= 8) | (pl.col("variant") == "oapl-4-epochs"))
     keys = ["variant", "lag", "seed"]
     made = (
         table.filter(pl.col("metric") == "samples")
@@ -107,7 +107,8 @@ def _by_samples(axis: Any, tables: Tables) -> None:
     names = named["variant"].unique(maintain_order=True).to_list()
     for name in names:
         one = named.filter(pl.col("variant") == name)
-        colour = {"grpo": COLOURS[1], "oapl": COLOURS[0]}.get(name.partition(",")[0], COLOURS[3])
+        colours = {"grpo, lag 8": COLOURS[1], "oapl, lag 8": COLOURS[0], "grpo, lag 4": COLOURS[2]}
+        colour = colours.get(name, COLOURS[3])
         for seed in one.sort("seed").partition_by("seed", maintain_order=True):
             line = seed.sort("completions")
             axis.plot(line["completions"], line["value"], color=colour, alpha=0.35, linewidth=0.9)
@@ -150,6 +151,37 @@ def _by_k(task: str) -> Callable[[Any, Tables], None]:
         axis.set_xticks([1, 4, 16, 64, 256], ["1", "4", "16", "64", "256"])
 
     return panel
+
+
+def _of_one_model(axis: Any, tables: Tables) -> None:
+    """pass@k of SmolLM2 before and after a round of 32 steps, with intervals over prompts."""
+    table = tables["smollm2"].filter((pl.col("task") == "all") & pl.col("metric").str.starts_with("pass@"))
+    table = table.filter(pl.col("lag") == 32).with_columns(k=pl.col("metric").str.slice(5).cast(pl.Int64))
+    start = table.filter(pl.col("round").is_null() & (pl.col("variant") == "oapl"))
+    for name, part in [("start", start), *((v, table.filter(pl.col("variant") == v)) for v in ("oapl", "grpo"))]:
+        one = (part if name == "start" else part.filter(pl.col("round").is_not_null())).sort("k")
+        colour = _colour(name, ())
+        axis.plot(one["k"], one["value"], color=colour, marker="o", markersize=4, linewidth=1.8, label=name)
+        axis.fill_between(one["k"], one["low"], one["high"], color=colour, alpha=0.12, linewidth=0)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(places := one["k"].to_list(), list(map(str, places)))
+    axis.set_xlabel("k", fontsize=8, color=FAINT)
+    axis.legend(frameon=False, fontsize=8, loc="lower right")
+    plain(axis, "Held-out pass@k, lag 32, bands over prompts")
+
+
+def _of_one_model_by_step(axis: Any, tables: Tables) -> None:
+    table = tables["smollm2"].filter((pl.col("task") == "all") & (pl.col("metric") == "pass@1"))
+    for lag, dashes in ((32, "-"), (8, ":")):
+        for name in ("oapl", "grpo"):
+            one = table.filter((pl.col("lag") == lag) & (pl.col("variant") == name)).sort("step")
+            label = f"{name}, lag {lag}"
+            axis.plot(
+                one["step"], one["value"], color=_colour(name, ()), marker="o", markersize=4, ls=dashes, label=label
+            )
+    axis.set_xlabel("optimizer step", fontsize=8, color=FAINT)
+    axis.legend(frameon=False, fontsize=8, loc="lower right")
+    plain(axis, "Held-out pass@1")
 
 
 def _by_beta(axis: Any, tables: Tables) -> None:
@@ -214,7 +246,13 @@ PICTURES: dict[str, tuple[str, list[Callable[[Any, Tables], None]], tuple[str, .
             _dots("behaviour-bfloat16", "Behaviour log-probabilities, bfloat16 engine"),
             _dots("groups", "Groups without variance"),
             _dots("epochs", "Epochs over one stored round"),
+            _dots("replay", "Rounds before it replayed"),
         ],
-        ("behaviour-bfloat16", "groups", "epochs"),
+        ("behaviour-bfloat16", "groups", "epochs", "replay"),
+    ),
+    "smollm2": (
+        "SmolLM2-135M-Instruct on sums, one seed",
+        [_of_one_model, _of_one_model_by_step],
+        ("smollm2",),
     ),
 }
