@@ -133,18 +133,20 @@ class Site:
         return [self._load.lengths[dice.randrange(len(self._load.lengths))] for _ in range(self._load.samples)]
 
     def _group(self, number: int) -> list[Rollout]:
-        prompt = prompt_name(number)
-        rows = []
-        for sample, length in enumerate(self._lengths(number)):
-            stored = max(1, min(4096, round(length * self._scale)))
-            rows.append(
-                Rollout(
-                    schema.rollout_id(SNAPSHOT, 0, prompt, sample, sample), 0, SNAPSHOT, 0, prompt, sample,
-                    self._tokens[:8], self._tokens[:stored], self._logprobs[:stored], f"It is \\boxed{{{sample}}}.",
-                    "stop", sample,
-                )
-            )  # fmt: skip
-        return rows
+        lengths = [max(1, min(4096, round(length * self._scale))) for length in self._lengths(number)]
+        return made_group(number, lengths, self._tokens, self._logprobs)
+
+
+def made_group(number: int, lengths: Sequence[int], tokens: list[int], logprobs: list[float]) -> list[Rollout]:
+    """A group of completions that are the first so many of these tokens; each says the number of its sample."""
+    prompt = prompt_name(number)
+    return [
+        Rollout(
+            schema.rollout_id(SNAPSHOT, 0, prompt, sample, sample), 0, SNAPSHOT, 0, prompt, sample,
+            tokens[:8], tokens[:length], logprobs[:length], f"It is \\boxed{{{sample}}}.", "stop", sample,
+        )
+        for sample, length in enumerate(lengths)
+    ]  # fmt: skip
 
 
 def site(load: Load, name: str, replicas: int, first: int, last: int, results: Any) -> None:
