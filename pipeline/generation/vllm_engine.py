@@ -7,18 +7,23 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import WorkError
+from pydantic import ValidationError
+
+from pipeline.errors import RequestError, WorkError
 from pipeline.generation.engine import Completion, Request
 from pipeline.recipe import Generation
 
 _ROOM = 64
 """Tokens of head room in a scheduler step beyond the longest prompt."""
+_MOST = 400
+"""Letters of vLLM's own words in an error's line."""
 
 
 class VllmEngine:
     """`LLMEngine` in this process, stepped by hand, so that each completion is handed over when it ends.
 
-    Log-probabilities are the processed ones: of the distribution that was sampled from.
+    Log-probabilities are the processed ones: of the distribution that was sampled from. Raises RequestError where vLLM
+    refuses the settings with this policy, WorkError where it does not start.
     """
 
     name = "vllm"
@@ -44,25 +49,30 @@ class VllmEngine:
         self.version: str = vllm.__version__
         self.sampling = settings
         """How requests submitted from now on are sampled; may be replaced, within the engine's longest sequence."""
-        self._engine = LLMEngine.from_engine_args(
-            EngineArgs(
-                model=str(policy),
-                dtype=settings.dtype,
-                seed=seed,
-                max_model_len=settings.max_model_len,
-                max_num_seqs=settings.max_num_seqs,
-                # A prompt is never split over steps: rewinding a seeded generator after a partial prefill
-                # is not implemented on a CPU, and fails there.
-                enable_chunked_prefill=False,
-                max_num_batched_tokens=max(8192, settings.max_model_len + _ROOM),
-                gpu_memory_utilization=settings.gpu_memory_utilization,
-                tensor_parallel_size=settings.tensor_parallel,
-                enforce_eager=settings.enforce_eager,
-                logprobs_mode=self.logprobs_mode,
-                generation_config="vllm",  # sampling is the recipe's alone, never the model folder's
-                disable_log_stats=True,
+        try:
+            self._engine = LLMEngine.from_engine_args(
+                EngineArgs(
+                    model=str(policy),
+                    dtype=settings.dtype,
+                    seed=seed,
+                    max_model_len=settings.max_model_len,
+                    max_num_seqs=settings.max_num_seqs,
+                    # A prompt is never split over steps: rewinding a seeded generator after a partial prefill
+                    # is not implemented on a CPU, and fails there.
+                    enable_chunked_prefill=False,
+                    max_num_batched_tokens=max(8192, settings.max_model_len + _ROOM),
+                    gpu_memory_utilization=settings.gpu_memory_utilization,
+                    tensor_parallel_size=settings.tensor_parallel,
+                    enforce_eager=settings.enforce_eager,
+                    logprobs_mode=self.logprobs_mode,
+                    generation_config="vllm",  # sampling is the recipe's alone, never the model folder's
+                    disable_log_stats=True,
+                )
             )
-        )
+        except ValueError as error:
+            raise RequestError(f"vLLM refuses {policy} with these settings: {_words(error)}") from error
+        except (AssertionError, OSError, RuntimeError) as error:
+            raise WorkError(f"vLLM did not start with {policy}: {_words(error)}") from error
 
     def submit(self, request: Request) -> None:
         from vllm import SamplingParams
@@ -88,6 +98,13 @@ class VllmEngine:
 
     def close(self) -> None:
         self._engine.engine_core.shutdown()
+
+
+def _words(error: Exception) -> str:
+    """The first sentences of what vLLM says, without pydantic's frame around them."""
+    told = error.errors()[0]["msg"].removeprefix("Value error, ") if isinstance(error, ValidationError) else str(error)
+    words = " ".join(told.split())
+    return words if len(words) <= _MOST else words[:_MOST].rpartition(". ")[0] or words[:_MOST]
 
 
 def _completion(output: Any) -> Completion:

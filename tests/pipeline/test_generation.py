@@ -181,3 +181,15 @@ def test_samples_of_a_group_differ_and_the_file_says_where_it_comes_from(real_ro
     assert manifest.provenance.sampling["temperature"] == 0.7
     assert manifest.provenance.round == 2
     assert (real_rollouts / "prompts.parquet").exists()
+
+
+def test_what_vllm_refuses_is_one_line(tmp_path: Path, random_policy: Path, oapl: Oapl) -> None:
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"task": "math", "prompt": "What is 1 + 1?", "answer": "2"}))
+    words = ["--policy", random_policy, "--prompts", tmp_path / "prompts.jsonl", "--out", tmp_path / "out"]
+    done = oapl("generate", *words, "--set", "generation.max_model_len=100000")
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(
+        f"oapl: vLLM refuses {random_policy} with these settings: User-specified max_model_len (100000)"
+    )
+    assert "Traceback" not in done.stderr

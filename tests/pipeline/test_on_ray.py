@@ -204,3 +204,30 @@ def test_the_real_engine_on_two_nodes(cluster: Any, tmp_path: Path, random_polic
     # In float32 batches of another composition change next to nothing.
     equal = (ours["completion_tokens"] == theirs["completion_tokens"]).sum()
     assert equal >= 60
+
+
+def test_tensor_parallel_replicas_make_the_same(
+    cluster: Any, tmp_path: Path, random_policy: Path, oapl: Oapl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One engine in one process, and one replica whose engine has its weights in two."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")  # a machine with one NUMA node has to be told
+    lines = [{"task": "math", "prompt": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(4)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    words = ["generate", "--policy", random_policy, "--prompts", tmp_path / "prompts.jsonl", "--samples", "4"]
+    for change in ("dtype=float32", "max_model_len=128", "enforce_eager=true", "max_num_seqs=8", "max_tokens=12"):
+        words += ["--set", f"generation.{change}"]
+    shared = [
+        "--set",
+        "generation.engine=ray",
+        "--set",
+        "generation.tensor_parallel=2",
+        "--set",
+        "generation.replicas=1",
+    ]
+    for name, more in {"alone": [], "shared": shared}.items():
+        done = oapl(*words, *more, "--out", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+    alone, both = rows(tmp_path / "alone"), rows(tmp_path / "shared")
+    assert alone.drop("logprobs").equals(both.drop("logprobs"))
+    gaps = (alone["logprobs"].explode() - both["logprobs"].explode()).abs()
+    assert gaps.max() < 1e-4  # type: ignore[operator]
