@@ -111,12 +111,7 @@ def load_record(folder: Path) -> Snapshot:
     """
     record = folder / RECORD
     if record.exists():
-        try:
-            return Snapshot.model_validate_json(record.read_bytes())
-        except ValidationError:
-            raise RequestError(
-                f"{record}: not a snapshot record; restore the file or delete it to treat {folder} as a plain model"
-            ) from None
+        return parse_record(record.read_bytes(), str(record))
     if not (folder / "config.json").exists():
         raise RequestError(
             f"no policy in {folder}: expected a folder with config.json, weights and tokenizer in Hugging Face format"
@@ -124,6 +119,16 @@ def load_record(folder: Path) -> Snapshot:
     if not any(folder.glob("*.safetensors")):
         raise RequestError(f"no weights in {folder}: expected *.safetensors beside config.json")
     return describe(folder, parent=None, round=None, step=0, recipe_sha256=None)
+
+
+def parse_record(data: bytes, where: str) -> Snapshot:
+    """The record in these bytes of a snapshot.json; `where` is what the error names."""
+    try:
+        return Snapshot.model_validate_json(data)
+    except ValidationError:
+        raise RequestError(
+            f"{where}: not a snapshot record; restore the file, or delete it to treat its folder as a plain model"
+        ) from None
 
 
 def verify(folder: Path) -> Snapshot:
