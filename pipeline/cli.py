@@ -32,7 +32,9 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY.PATH=VALUE", help="Replace a setting of the recipe; repeatable."),
 ]
-RootOption = Annotated[Path, typer.Option("--root", help="Data folder: runs and Dagster's records lie below it.")]
+RootOption = Annotated[
+    str, typer.Option("--root", help="Data folder, or its URL: runs and Dagster's records lie below it.")
+]
 # Text, since a Path would make s3:/ of s3://.
 PolicyOption = Annotated[
     str, typer.Option("--policy", help="Policy in Hugging Face format, or a snapshot: a folder or a URL.")
@@ -44,14 +46,14 @@ PromptsOption = Annotated[str, typer.Option("--prompts", help="Prompts, JSONL or
 def run(
     recipe: RecipeOption = "tiny",
     rounds: Annotated[int | None, typer.Option("--rounds", min=1, help="Rounds to have in all.")] = None,
-    root: RootOption = Path("data"),
+    root: RootOption = "data",
     set: SetOption = None,
 ) -> None:
     """Make rounds, through Dagster, and show how pass@k went. Goes on where an earlier call stopped."""
     from pipeline.recipe import load_recipe
 
     load_recipe(recipe or "tiny", _overrides(set, rounds=rounds))  # nonsense is refused before anything starts
-    words = ["assets.run_rounds", "--recipe", recipe or "tiny", "--root", str(root)]
+    words = ["assets.run_rounds", "--recipe", recipe or "tiny", "--root", root]
     for override in _overrides(set, rounds=rounds):
         words += ["--set", override]
     _become(words)
@@ -60,7 +62,7 @@ def run(
 @app.command()
 def ui(
     port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port on this machine.")] = 3000,
-    root: RootOption = Path("data"),
+    root: RootOption = "data",
     recipe: RecipeOption = "tiny",
     set: SetOption = None,
 ) -> None:
@@ -68,7 +70,7 @@ def ui(
     from pipeline.recipe import load_recipe
 
     load_recipe(recipe or "tiny", set or [])
-    words = ["assets.web", "--port", str(port), "--root", str(root), "--recipe", recipe or "tiny"]
+    words = ["assets.web", "--port", str(port), "--root", root, "--recipe", recipe or "tiny"]
     for override in set or []:
         words += ["--set", override]
     _become(words)
@@ -301,7 +303,7 @@ def plan(
         Path | None,
         typer.Option("--measured", help="A run's folder to take lengths and throughputs from, and to compare with."),
     ] = None,
-    root: RootOption = Path("data"),
+    root: Annotated[Path, typer.Option("--root", help="Data folder that the run lies in.")] = Path("data"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as one JSON object instead.")] = False,
 ) -> None:
     """What a recipe takes: tokens, hours, memory and disk, each with its formula; and what to change. Runs nothing."""

@@ -358,7 +358,9 @@ def _hidden(name: str) -> bool:
 
 
 def _order(name: str) -> tuple[int, str]:
-    """Data first, then what says that it is whole, then a stage's record."""
+    """Data first, then what says that it is whole, then a stage's record, then the report on it."""
+    if name.startswith("report/"):
+        return 3, name
     if name.startswith("stages/") and name.endswith(".json"):
         return 2, name
     record = name.rpartition("/")[2] in RECORDS or (name.startswith("learning") and name.endswith(".json"))

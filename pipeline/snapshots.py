@@ -146,8 +146,10 @@ def verify(folder: Path) -> Snapshot:
 
 
 def adopt(model: str, folder: Path) -> Snapshot:
-    """Publishes a copy of a model folder, or of a Hub id, as a start below `folder`, where it can't change."""
-    source = Path(model)
+    """Publishes a copy of a model folder, a URL's, or of a Hub id, as a start below `folder`, where it can't change."""
+    from pipeline.remote import fetch_policy
+
+    source = fetch_policy(model)
     if not source.is_dir():
         source = _download(model)
     load_record(source)  # one clear line where it holds no policy

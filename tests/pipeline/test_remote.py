@@ -17,7 +17,10 @@ from typer.testing import CliRunner
 from pipeline import scoring, snapshots
 from pipeline.cli import app
 from pipeline.errors import OaplError, RequestError, WorkError
+from pipeline.generation.groups import Work
+from pipeline.generation.replica import Replica
 from pipeline.prompts import make_prompt, put_prompts
+from pipeline.recipe import load_recipe
 from pipeline.remote import Copy, fetch_policy, fetch_prompts
 from pipeline.rollouts import objects
 from pipeline.rollouts.locate import locate
@@ -75,6 +78,18 @@ def test_what_is_not_whole_is_not_taken(bucket: str, random_policy: Path) -> Non
         fetch_policy(bucket)
     objects.Objects(bucket).write("model.safetensors", weights)
     assert snapshots.verify(fetch_policy(bucket)) == snapshots.load_record(random_policy)
+
+
+def test_a_replica_brings_the_policy_to_its_own_machine(
+    bucket: str, random_policy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    put_folder(bucket, random_policy)
+    work = Work(fetch_policy(bucket), load_recipe("tiny").generation, 0, 0, origin=bucket)
+    assert work.policy.is_dir()
+    monkeypatch.setenv("OAPL_CACHE", str(tmp_path / "of-another-node"))
+    replica = Replica(work, lambda: None, f"{bucket}/rollouts", provenance(), "one")  # type: ignore[arg-type,return-value]
+    with pytest.raises(RequestError, match=r"keeps the policy in .*; set OAPL_CACHE to the same path on all nodes"):
+        replica.start()
 
 
 def published(random_policy: Path, url: str, folder: Path) -> Copy:
