@@ -101,9 +101,9 @@ def generate(
     from pipeline.generation.generate import Work
     from pipeline.generation.generate import generate as make
     from pipeline.generation.vllm_engine import VllmEngine
-    from pipeline.prompts import PromptFile, put_prompts
-    from pipeline.remote import fetch_policy, fetch_prompts
-    from pipeline.rollouts.places import is_url, place_of
+    from pipeline.prompts import PromptFile
+    from pipeline.remote import fetch_policy, fetch_prompts, put_prompts
+    from pipeline.rollouts.places import is_url
 
     asked = PromptFile(fetch_prompts(prompts))
     _require(policy)
@@ -111,7 +111,7 @@ def generate(
     origin = policy if is_url(policy) else None
     work = Work(here, settings.generation, round, settings.seed, settings if recipe else None, origin)
     totals = make(work, asked, out, partial(VllmEngine, here, settings.generation, settings.seed))
-    put_prompts(place_of(out), "prompts.parquet", asked)
+    put_prompts(out, asked)
     typer.echo(
         f"{out}: {totals.completions:,} completions in {totals.groups:,} groups, {totals.tokens:,} tokens, "
         f"{totals.seconds:.1f} s" + (f"; {totals.skipped_groups:,} groups were there" if totals.skipped_groups else "")

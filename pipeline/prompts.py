@@ -10,14 +10,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pipeline import tiny
 from pipeline.errors import RequestError
 from pipeline.recipe import Recipe
-
-if TYPE_CHECKING:
-    from pipeline.rollouts.places import Place
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +73,6 @@ def write_prompts(path: Path, prompts: Iterable[Prompt]) -> int:
     finally:
         partial.unlink(missing_ok=True)  # of prompts that broke off
     return rows
-
-
-def put_prompts(place: Place, name: str, prompts: Iterable[Prompt]) -> None:
-    """The same, into a folder or to a URL. Raises WorkError where that refuses."""
-    try:
-        with place.new_file(name) as temporary:
-            write_prompts(temporary, prompts)
-    except OSError as error:
-        raise place.work_error(error) from error
 
 
 def _batches(prompts: Iterable[Prompt], size: int) -> Iterator[list[Prompt]]:

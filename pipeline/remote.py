@@ -5,7 +5,7 @@
   files/<hash>/<name>    one file at a URL
   copies/<hash>/         see Copy: what is sent to a URL, `--out` of `oapl train` and `oapl evaluate`
 
-Nothing at a URL is renamed or deleted. Bytes that are there already are not sent again.
+Nothing at a URL is renamed or deleted here. Bytes that are there already are not sent again.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import errno
 import hashlib
 import json
 import os
+import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,12 +25,15 @@ from typing import TypeAlias
 
 from pipeline import snapshots
 from pipeline.errors import RequestError, WorkError
+from pipeline.prompts import Prompt, write_prompts
 from pipeline.rollouts import durable
 from pipeline.rollouts.locate import ROLLOUTS, VERDICTS, Located, cache_folder
 from pipeline.rollouts.mirror import SUMMARY, UNFINISHED, origin_of
 from pipeline.rollouts.objects import Entry, Objects
 from pipeline.rollouts.places import is_url
 
+PROMPTS = "prompts.parquet"
+"""Beside generated rollouts."""
 FILES_AT_ONCE = 4
 """Large files that are fetched at a time."""
 FEW = 32
@@ -146,6 +150,20 @@ def fetch_prompts(place: str | Path) -> Path:
             f"no prompt file {place}; give a .jsonl or .parquet file of task, messages (or prompt), and answer or tests"
         )
     return copy.folder / name
+
+
+def put_prompts(place: str | Path, prompts: Iterable[Prompt]) -> None:
+    """Writes `prompts.parquet` into a folder, or to a URL where other ones lie there. Raises WorkError."""
+    folder = local_path(place)
+    if folder is not None:
+        write_prompts(folder / PROMPTS, prompts)
+        return
+    with told(str(place)), tempfile.TemporaryDirectory(prefix="oapl-") as temporary:
+        path, store = Path(temporary) / PROMPTS, Objects(str(place))
+        write_prompts(path, prompts)
+        there = store.entry(PROMPTS)
+        if there is None or not same(there, path):
+            store.send(path, PROMPTS)
 
 
 @dataclass(frozen=True, slots=True)

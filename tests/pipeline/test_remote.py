@@ -19,12 +19,11 @@ from pipeline.cli import app
 from pipeline.errors import OaplError, RequestError, WorkError
 from pipeline.generation.groups import Work
 from pipeline.generation.replica import Replica
-from pipeline.prompts import make_prompt, put_prompts
+from pipeline.prompts import make_prompt
 from pipeline.recipe import load_recipe
-from pipeline.remote import Copy, fetch_policy, fetch_prompts
+from pipeline.remote import Copy, fetch_policy, fetch_prompts, put_prompts
 from pipeline.rollouts import objects
 from pipeline.rollouts.locate import locate
-from pipeline.rollouts.places import place_of
 from pipeline.rollouts.store import RolloutWriter
 
 sys.path.append(str(Path(__file__).parent / "rollouts"))
@@ -167,7 +166,7 @@ def write_rollouts(place: str | Path) -> None:
             writer.add_group(group(number))
     prompts = [make_prompt("math", (("user", f"question {n}"),), answer=str(n)) for n in range(3)]
     named = [replace(one, prompt_id=prompt_name(number)) for number, one in enumerate(prompts)]
-    put_prompts(place_of(place), "prompts.parquet", named)
+    put_prompts(place, named)
 
 
 def verify(place: str | Path) -> OaplError | None:
