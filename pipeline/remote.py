@@ -86,7 +86,7 @@ def fetch_policy(place: str | Path) -> Path:
     url = str(place).rstrip("/")
     store = Objects(url)
     with told(url):
-        entries = {entry.name: entry for entry in store.entries()}
+        entries = {entry.name: entry for entry in store.entries() if entry.name not in (".", "..")}
         sums: dict[str, str] = {}
         if snapshots.RECORD in entries:
             record = store.read(snapshots.RECORD)
@@ -238,7 +238,7 @@ class Copy:
             if not (path.is_file() and same(entry, path)):
                 fetch_file(self._store, name, path, sha256)
                 os.utime(path, (entry.modified, entry.modified))  # which orders verdict files and snapshots
-            self._note(name, entry, path.stat(), durable.sha256_file(path))
+            self._note(name, entry.tag, path.stat(), durable.sha256_file(path))
 
     def send(self, wanted: Wanted, twins: Mapping[str, str] | None = None) -> Sent:
         """Puts those of the wanted files that are new or have changed here, records after what they are of.
@@ -275,17 +275,26 @@ class Copy:
         if there is not None and known is not None and (known.bytes, known.changed) == _looks(status):
             return
         digest = durable.sha256_file(path)
-        if there is None or not ((known is not None and known.sha256 == digest) or same(there, path)):
-            if twin is None:
-                self._store.send(path, name)
-            else:
-                self._store.copy(twin, name)
+        if there is not None and known is not None and known.sha256 == digest:
+            tag = known.tag  # what has changed there since is brought, not overwritten
+        elif there is not None and same(there, path):
+            tag = there.tag
+        else:
+            tag = self._put(name, twin)
             sent.files += 1
             sent.bytes += status.st_size
-            there = self._store.entry(name)
-            if there is None:
-                raise WorkError(f"{self._store.said(name)}: was put there and is gone; who else writes there?")
-        self._note(name, there, status, digest)
+        self._note(name, tag, status, digest)
+
+    def _put(self, name: str, twin: str | None) -> str:
+        """Puts a file there and returns its tag."""
+        if twin is None:
+            self._store.send(self.folder / name, name)
+        else:
+            self._store.copy(twin, name)
+        there = self._store.entry(name)
+        if there is None:
+            raise WorkError(f"{self._store.said(name)}: was put there and is gone; who else writes there?")
+        return there.tag
 
     def _lock_of(self, name: str) -> Path:
         """A lock a file, so that a large one that is under way keeps nobody from a small one."""
@@ -305,9 +314,9 @@ class Copy:
                         self._known[name] = Known(**fields)
             return self._known
 
-    def _note(self, name: str, entry: Entry, status: os.stat_result, digest: str) -> None:
+    def _note(self, name: str, tag: str, status: os.stat_result, digest: str) -> None:
         size, changed = _looks(status)
-        line = json.dumps([name, asdict(Known(entry.tag, size, changed, digest))])
+        line = json.dumps([name, asdict(Known(tag, size, changed, digest))])
         with durable.locked(self.folder / LOCKS / "state"), (self.folder / STATE).open("a", encoding="utf-8") as file:
             file.write(f"\n{line}\n")  # what was torn before ends here
 

@@ -124,11 +124,15 @@ def load_record(folder: Path) -> Snapshot:
 def parse_record(data: bytes, where: str) -> Snapshot:
     """The record in these bytes of a snapshot.json; `where` is what the error names."""
     try:
-        return Snapshot.model_validate_json(data)
+        snapshot = Snapshot.model_validate_json(data)
     except ValidationError:
         raise RequestError(
             f"{where}: not a snapshot record; restore the file, or delete it to treat its folder as a plain model"
         ) from None
+    for name in snapshot.files:
+        if Path(name).name != name:  # it would lead out of the folder that it is brought into
+            raise RequestError(f"{where}: {name!r} is no plain file name; refuse this snapshot")
+    return snapshot
 
 
 def verify(folder: Path) -> Snapshot:

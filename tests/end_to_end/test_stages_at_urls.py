@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -142,3 +143,32 @@ def test_a_learner_killed_while_it_sends_is_gone_on_with(
     (name,) = snapshots_at(bucket)
     assert f"{out}/{name}: " in said
     assert not [path for path in puts if path.endswith("model.safetensors")]
+
+
+def test_ranks_that_share_no_folder_are_refused(bucket: str, random_policy: Path, tmp_path: Path, stage: Stage) -> None:
+    common = ["--policy", random_policy, "--prompts", write_prompts(tmp_path / "p.jsonl"), *SMALL]
+    stage("generate", *common, "--out", f"{bucket}/rollouts", "--samples", "4", "--temperature", "1.0")
+    stage("verify", f"{bucket}/rollouts")
+    (tmp_path / "recipe.yaml").write_text(
+        f"name: apart\npolicy: {{model: .}}\nlearning: {{{', '.join(LEARN).replace('=', ': ')}}}\n"
+    )
+    words = ["--rollouts", f"{bucket}/rollouts", "--policy", str(random_policy), "--out", f"{bucket}/snapshots"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    joined = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "trainer", "--recipe", str(tmp_path / "recipe.yaml"), *words],
+            env=environment(tmp_path / f"of-node-{rank}") | joined | {"RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    for one in ranks:
+        said = one.communicate(timeout=200)[1].strip().splitlines()[-1]
+        assert one.returncode == 2 and said.startswith(
+            "oapl: --out is a URL and the ranks are on several machines; set"
+        )
+    assert snapshots_at(bucket) == []

@@ -76,6 +76,11 @@ def test_what_is_not_whole_is_not_taken(bucket: str, random_policy: Path) -> Non
     with pytest.raises(WorkError, match=r"model\.safetensors: is missing in the store"):
         fetch_policy(bucket)
     objects.Objects(bucket).write("model.safetensors", weights)
+    record = objects.Objects(bucket).read(snapshots.RECORD)
+    objects.Objects(bucket).write(snapshots.RECORD, record.replace(b'"config.json"', b'"../config.json"'))
+    with pytest.raises(RequestError, match=r"'\.\./config\.json' is no plain file name"):
+        fetch_policy(bucket)
+    objects.Objects(bucket).write(snapshots.RECORD, record)
     assert snapshots.verify(fetch_policy(bucket)) == snapshots.load_record(random_policy)
 
 
@@ -147,6 +152,12 @@ def test_a_copy_brings_and_sends_what_changed(bucket: str, proxy: FaultyProxy, t
     assert (one.folder / "b.txt").read_text() == "second"
     assert (one.folder / "stages/a.json").read_text() == "here, unsent"
     two.bring(["b.txt", "nothing"])
+    (one.folder / "b.txt").write_text("third")
+    one.send(lambda name: True)
+    os.utime(two.folder / "b.txt")  # as it was sent: nobody's third is overwritten
+    assert two.send(lambda name: True).files == 0
+    two.bring(["b.txt"])
+    assert (two.folder / "b.txt").read_text() == "third"
 
 
 def test_prompts_are_brought_anew_when_they_changed(bucket: str) -> None:
