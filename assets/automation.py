@@ -60,6 +60,7 @@ def next_round(context: dg.SensorEvaluationContext) -> dg.RunRequest | dg.SkipRe
 
     Where the recipe has `lag_rounds`, it is opened as soon as round k is judged and learning begins.
     """
+    CHOSEN.bring()
     run, recipe = CHOSEN.open()
     number = newest_round(run) + 1
     if number == 0:
@@ -78,6 +79,7 @@ def next_round(context: dg.SensorEvaluationContext) -> dg.RunRequest | dg.SkipRe
 )
 def nightly_retraining(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
     """Opens the next round, whatever their number; skips while one is being made, or where nothing is new."""
+    CHOSEN.bring()
     run, recipe = CHOSEN.open()
     reason = why_not(context.instance, run, recipe.lag_rounds)
     return dg.SkipReason(reason) if reason else _request(context.instance, run)
@@ -86,6 +88,7 @@ def nightly_retraining(context: dg.ScheduleEvaluationContext) -> dg.RunRequest |
 @dg.sensor(minimum_interval_seconds=30, default_status=dg.DefaultSensorStatus.RUNNING)
 def known_rounds(context: dg.SensorEvaluationContext) -> dg.SensorResult:
     """Keeps a partition for each round in the data folder, and for the next; files may come from elsewhere."""
+    CHOSEN.bring()
     number = newest_round(Run(CHOSEN.root, RUN_NAME)) + 1
     there = set(context.instance.get_dynamic_partitions(str(rounds.name)))
     missing = [key for key in map(round_key, range(number + 1)) if key not in there]

@@ -61,7 +61,7 @@ def _inputs(work: Step, snapshot: snapshots.Snapshot) -> dict[str, object]:
 
 def _evaluate(work: Step, stage: str, snapshot: snapshots.Snapshot, round: int | None) -> None:
     with work.timed(stage, inputs=_inputs(work, snapshot)):
-        words: list[object] = ["--recipe", work.recipe_file(STAGE), "--policy", work.run.snapshot(snapshot.snapshot_id)]
+        words: list[object] = ["--recipe", work.recipe_file(STAGE), "--policy", work.snapshot(snapshot.snapshot_id)]
         words += ["--prompts", work.run.prompts, "--out", work.run.evaluation(round)]
         work.start(stage, "pipeline.cli evaluate", words)
     found = read_evaluation(work.run.evaluation(round))

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import dagster as dg
 from pydantic import ValidationError
@@ -22,6 +22,9 @@ from pipeline.errors import OaplError, RequestError
 from pipeline.layout import Run
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.report import note_stage
+
+if TYPE_CHECKING:
+    from pipeline.remote_run import RemoteRun
 
 MOST_RETRIES = 1
 FIRST_WAIT_S = 5.0
@@ -41,6 +44,16 @@ class Step:
     recipe: Recipe
     """The run's settings with what the launchpad changed for this step."""
     round: int
+    remote: RemoteRun | None = None
+    """Where the run's folder lies, if it is at a URL; `run` is then its working copy."""
+
+    def snapshot(self, snapshot_id: str) -> Path:
+        """The folder of a snapshot, with all its files."""
+        return self.run.snapshot(snapshot_id) if self.remote is None else self.remote.bring_snapshot(snapshot_id)
+
+    def replayed(self) -> range:
+        """The rounds that learning reads."""
+        return range(max(0, self.round - self.recipe.learning.replay_rounds), self.round + 1)
 
     def say(self, text: str) -> None:
         """A line in the run's log, seen in the UI and on the terminal while the step runs."""
@@ -121,14 +134,30 @@ def step(context: dg.AssetExecutionContext, folder: RunFolder, config: StepConfi
         if config is not None and (overrides := config.overrides()):
             recipe = load_recipe(str(run.recipe), overrides)
         round = round_of(context.partition_key) if context.has_partition_key else 0
-        with _alone(run, context.asset_key.path[-1], round):
-            yield Step(context, run, recipe, round)
+        work = Step(context, run, recipe, round, folder.remote(run.name))
+        with _alone(run, context.asset_key.path[-1], round), _brought_and_sent(work):
+            yield work
     except OaplError as error:
         raise dg.Failure(
             description=str(error),
             metadata={"exit_code": error.exit_code},
             allow_retries=error.exit_code != RequestError.exit_code,
         ) from None
+
+
+@contextlib.contextmanager
+def _brought_and_sent(work: Step) -> Iterator[None]:
+    """Of a run at a URL: its files as they are now, and, where the step ends well, what it made."""
+    if work.remote is None:
+        yield
+        return
+    with work.remote.held(work.say) as lease:
+        work.remote.bring(work.replayed())
+        yield
+        lease.check()
+        sent = work.remote.send(work.round)
+    if sent.files:
+        work.say(f"sent {sent.files} files, {sent.bytes / 1e6:,.1f} MB, to {work.remote.url}")
 
 
 @contextlib.contextmanager

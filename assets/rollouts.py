@@ -70,12 +70,27 @@ def _settings(work: Step) -> dict[str, object]:
 
 
 def _generate(work: Step) -> None:
-    policy = work.run.snapshot(_policy(work).snapshot_id)
     with work.timed(STAGE, settings=_settings(work)):
-        words: list[object] = ["--recipe", work.recipe_file(STAGE), "--policy", policy]
+        words: list[object] = ["--recipe", work.recipe_file(STAGE), "--policy", _policy_for_engine(work)]
         words += ["--prompts", work.run.round_prompts(work.round)]
-        words += ["--out", work.run.rollouts(work.round), "--round", work.round]
+        words += ["--out", _out(work), "--round", work.round]
         work.start(STAGE, "pipeline.cli generate", words)
+    if work.remote is not None:
+        work.remote.bring_rollouts(work.round)
+
+
+def _policy_for_engine(work: Step) -> Path | str:
+    """The frozen snapshot's folder, or, where engines on other machines need it, its URL."""
+    snapshot_id = _policy(work).snapshot_id
+    if work.remote is not None and work.recipe.generation.engine == "ray":
+        return work.remote.at_url(work.run.snapshot(snapshot_id))
+    return work.snapshot(snapshot_id)
+
+
+def _out(work: Step) -> Path | str:
+    """Where rollouts are written: to the URL at once, so that a machine that is lost takes no whole group with it."""
+    folder = work.run.rollouts(work.round)
+    return folder if work.remote is None else work.remote.at_url(folder)
 
 
 def _result(work: Step) -> Made:

@@ -15,11 +15,10 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from assets.instance import open_instance, prepare_home
-from assets.settings import DEFAULT_RUN, Chosen
+from assets.settings import DEFAULT_RUN, Chosen, root_of
 from pipeline.errors import OaplError, RequestError, WorkError
 from pipeline.layout import Run, dagster_home, round_key
 from pipeline.recipe import Recipe, load_recipe
@@ -31,6 +30,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from pipeline.remote_run import RemoteRun
+
 PASSING = re.compile(r" s left$")
 """A line that the next one replaces, on a terminal."""
 INTERRUPTED = 130
@@ -41,11 +42,14 @@ def main() -> int:
     arguments = _arguments()
     try:
         recipe = load_recipe(arguments.recipe, arguments.set)
-        root = arguments.root.absolute()
-        run = open_run(root, recipe)
-        os.environ |= Chosen(root, str(run.recipe)).environment() | {"DAGSTER_HOME": str(prepare_home(root))}
-        with _only_one(run), _terminal(run) as console:
-            make_rounds(run, recipe, console)
+        root, url = root_of(arguments.root)
+        remote = Chosen(root, recipe.name, url=url).remote(recipe.name)
+        with _brought(remote):
+            run = open_run(root, recipe)
+            chosen = Chosen(root, str(run.recipe), url=url)
+            os.environ |= chosen.environment() | {"DAGSTER_HOME": str(prepare_home(root))}
+            with _only_one(run), _terminal(run) as console:
+                make_rounds(run, recipe, console, remote)
     except OaplError as error:
         sys.stderr.write(f"oapl: {error}\n")
         return error.exit_code
@@ -59,8 +63,19 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m assets.run_rounds", description=__doc__)
     parser.add_argument("--recipe", default=DEFAULT_RUN)
     parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE")
-    parser.add_argument("--root", type=Path, default=Path("data"))
+    parser.add_argument("--root", default="data", help="a folder or a URL")
     return parser.parse_args()
+
+
+@contextlib.contextmanager
+def _brought(remote: RemoteRun | None) -> Iterator[None]:
+    """A run at a URL as it is now, while no other machine works on it."""
+    if remote is None:
+        yield
+        return
+    with remote.held(lambda line: print(line, file=sys.stderr)):  # noqa: T201
+        remote.bring()
+        yield
 
 
 @contextlib.contextmanager
@@ -99,10 +114,13 @@ def _terminal(run: Run) -> Iterator[Console]:
             os.dup2(streams[1], 2)
 
 
-def make_rounds(run: Run, recipe: Recipe, console: Console) -> None:
+def make_rounds(run: Run, recipe: Recipe, console: Console, remote: RemoteRun | None = None) -> None:
     """Materialises the recipe's rounds that are not there yet. Raises OaplError with the failed stage's one line."""
     started = time.monotonic()
-    console.print(f"run [bold]{run.name}[/] in {run.path}: {recipe.rounds} rounds")
+    console.print(f"run [bold]{run.name}[/] in {remote.url if remote else run.path}: {recipe.rounds} rounds")
+    if remote is not None:
+        remote.send_recipe()
+        console.print(f"working copy: {run.path}", style="dim", soft_wrap=True)
     missing = [round for round in range(recipe.rounds) if not _is_done(run, round)]
     for round in range(recipe.rounds):
         if round not in missing:
@@ -110,13 +128,15 @@ def make_rounds(run: Run, recipe: Recipe, console: Console) -> None:
     if missing:
         _materialise(run, missing, console)
     found = write_report(run)
+    if remote is not None:
+        remote.send()
     console.print()
     for table in summary_tables(found):
         console.print(table)
     console.print(f"{time.monotonic() - started:.0f} s in all", style="dim")
     for what, where in (("Picture", run.picture), ("Numbers", run.summary), ("Page", run.page)):
         console.print(f"{what}: {where}", soft_wrap=True)
-    console.print(f"Look around: oapl ui --root {run.data}", soft_wrap=True)
+    console.print(f"Look around: oapl ui --root {remote.root if remote else run.data}", soft_wrap=True)
 
 
 def _is_done(run: Run, round: int) -> bool:
@@ -160,6 +180,11 @@ def _settle_older_runs(instance: dg.DagsterInstance, run: Run) -> None:
             )
         # The lock that a live one would hold is ours.
         instance.report_run_failed(old, "the process of `oapl run` is gone")
+    # Nobody else frees the places in pools that a killed process held: only a daemon would, and the UI may be closed.
+    for holder in instance.event_log_storage.get_concurrency_run_ids():
+        holding = instance.get_run_by_id(holder)
+        if holding is None or holding.is_finished:
+            instance.event_log_storage.free_concurrency_slots_for_run(holder)
 
 
 @contextlib.contextmanager

@@ -90,9 +90,20 @@ def _learned(work: Step) -> bool:
 def _learn(work: Step) -> None:
     with work.timed(STAGE, inputs=_inputs(work)):
         words: list[object] = ["--recipe", work.recipe_file(STAGE), "--rollouts", work.run.path, "--round", work.round]
-        words += ["--policy", work.run.snapshot(_parent(work).snapshot_id), "--out", work.run.snapshots]
-        words += ["--behaviour-policy", work.run.snapshot(_behaviour(work).snapshot_id)]
+        words += ["--policy", work.snapshot(_parent(work).snapshot_id), "--out", work.run.snapshots]
+        words += ["--behaviour-policy", work.snapshot(_behaviour(work).snapshot_id)]
+        _bring_what_was_kept(work)
         work.start(STAGE, "pipeline.cli train", words, LearningCurve(work.run.learning_log(work.round), _observe(work)))
+
+
+def _bring_what_was_kept(work: Step) -> None:
+    """Of a run at a URL: what the learner left for itself, perhaps on another machine."""
+    if work.remote is None:
+        return
+    if work.recipe.learning.keep_optimizer:
+        work.remote.bring_moments(_parent(work).snapshot_id)
+    if work.recipe.learning.behaviour != "engine":
+        work.remote.bring_reference(work.replayed())
 
 
 def _observe(work: Step) -> Observe:
@@ -110,8 +121,8 @@ def _observe(work: Step) -> Observe:
 def _result(work: Step) -> Made:
     summary = json.loads(work.run.learning_log(work.round).with_suffix(".json").read_bytes())
     last = _last_step(work)
-    snapshot = snapshots.load_record(work.run.snapshot(summary["snapshot_id"]))
-    parent = work.run.snapshot(summary["parent"])
+    snapshot = snapshots.load_record(work.snapshot(summary["snapshot_id"]))
+    parent = work.snapshot(summary["parent"])
     seconds = read_stages(work.run, work.round).get(STAGE, {}).get("seconds", 0.0)
     work.say(f"{STAGE}: done, {summary['steps']:,} steps to {snapshot.snapshot_id}, {seconds:.1f} s")
     return dg.MaterializeResult(

@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 
 from assets.instance import open_instance, prepare_home
-from assets.settings import DEFAULT_RUN, Chosen, partitions_name
+from assets.settings import DEFAULT_RUN, Chosen, partitions_name, root_of
 from assets.supervisor import leashed
 from pipeline.errors import OaplError, RequestError, WorkError
 from pipeline.layout import Run, round_key
@@ -42,12 +42,14 @@ def main() -> int:
     arguments = _arguments()
     try:
         _require_free(arguments.port)
-        root = arguments.root.absolute()
+        root, url = root_of(arguments.root)
         home = prepare_home(root)
-        runs = locations(root, arguments.recipe, tuple(arguments.set))
+        if url is not None:
+            _bring_runs(url)
+        runs = locations(root, arguments.recipe, tuple(arguments.set), url)
         workspace = write_workspace(home, runs)
         open_first_rounds(home, runs)
-        _say(f"starting Dagster over {root}")
+        _say(f"starting Dagster over {url or root}")
         for line in what_is_there(home, runs):
             _say(line)
         _serve(home, workspace, arguments)
@@ -124,7 +126,7 @@ def _end(dagster: subprocess.Popen[str]) -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m assets.web", description=__doc__)
     parser.add_argument("--port", type=int, default=3000)
-    parser.add_argument("--root", type=Path, default=Path("data"))
+    parser.add_argument("--root", default="data", help="a folder or a URL")
     parser.add_argument("--recipe", default=DEFAULT_RUN)
     parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE")
     parser.add_argument("--log-level", default="warning")
@@ -140,17 +142,24 @@ def _require_free(port: int) -> None:
             raise RequestError(f"--port {port}: {error.strerror}; give another") from None
 
 
-def locations(root: Path, recipe: str, overrides: tuple[str, ...]) -> dict[str, Chosen]:
+def _bring_runs(url: str) -> None:
+    from pipeline.remote_run import RemoteRun, runs_at
+
+    for name in runs_at(url):
+        RemoteRun(url, name).bring()
+
+
+def locations(root: Path, recipe: str, overrides: tuple[str, ...], url: str | None = None) -> dict[str, Chosen]:
     """The recipe that was asked for, and every run that lies in the data folder, by name.
 
     Raises RequestError where the asked-for recipe is wrong, or is not what its run began with.
     """
     asked = load_recipe(recipe, overrides)
     place = Path(recipe).absolute() if Path(recipe).suffix in (".yaml", ".yml") else recipe
-    found = {asked.name: Chosen(root, str(place), overrides)}
+    found = {asked.name: Chosen(root, str(place), overrides, url)}
     for file in sorted((root / "runs").glob("*/recipe.yaml")):
         if file.parent.name != asked.name or not overrides:
-            found[file.parent.name] = Chosen(root, str(Run(root, file.parent.name).recipe))
+            found[file.parent.name] = Chosen(root, str(Run(root, file.parent.name).recipe), url=url)
     return found
 
 

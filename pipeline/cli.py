@@ -32,23 +32,28 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY.PATH=VALUE", help="Replace a setting of the recipe; repeatable."),
 ]
-RootOption = Annotated[Path, typer.Option("--root", help="Data folder: runs and Dagster's records lie below it.")]
-PolicyOption = Annotated[Path, typer.Option("--policy", help="Policy in Hugging Face format, or a snapshot.")]
-PromptsOption = Annotated[Path, typer.Option("--prompts", help="Prompts, JSONL or Parquet.")]
+RootOption = Annotated[
+    str, typer.Option("--root", help="Data folder, or its URL: runs and Dagster's records lie below it.")
+]
+# Text, since a Path would make s3:/ of s3://.
+PolicyOption = Annotated[
+    str, typer.Option("--policy", help="Policy in Hugging Face format, or a snapshot: a folder or a URL.")
+]
+PromptsOption = Annotated[str, typer.Option("--prompts", help="Prompts, JSONL or Parquet; a file or a URL.")]
 
 
 @app.command()
 def run(
     recipe: RecipeOption = "tiny",
     rounds: Annotated[int | None, typer.Option("--rounds", min=1, help="Rounds to have in all.")] = None,
-    root: RootOption = Path("data"),
+    root: RootOption = "data",
     set: SetOption = None,
 ) -> None:
     """Make rounds, through Dagster, and show how pass@k went. Goes on where an earlier call stopped."""
     from pipeline.recipe import load_recipe
 
     load_recipe(recipe or "tiny", _overrides(set, rounds=rounds))  # nonsense is refused before anything starts
-    words = ["assets.run_rounds", "--recipe", recipe or "tiny", "--root", str(root)]
+    words = ["assets.run_rounds", "--recipe", recipe or "tiny", "--root", root]
     for override in _overrides(set, rounds=rounds):
         words += ["--set", override]
     _become(words)
@@ -57,7 +62,7 @@ def run(
 @app.command()
 def ui(
     port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port on this machine.")] = 3000,
-    root: RootOption = Path("data"),
+    root: RootOption = "data",
     recipe: RecipeOption = "tiny",
     set: SetOption = None,
 ) -> None:
@@ -65,7 +70,7 @@ def ui(
     from pipeline.recipe import load_recipe
 
     load_recipe(recipe or "tiny", set or [])
-    words = ["assets.web", "--port", str(port), "--root", str(root), "--recipe", recipe or "tiny"]
+    words = ["assets.web", "--port", str(port), "--root", root, "--recipe", recipe or "tiny"]
     for override in set or []:
         words += ["--set", override]
     _become(words)
@@ -75,7 +80,7 @@ def ui(
 def generate(
     policy: PolicyOption,
     prompts: PromptsOption,
-    out: Annotated[Path, typer.Option("--out", help="Folder of the rollouts; gone on with where it has some.")],
+    out: Annotated[str, typer.Option("--out", help="Folder or URL of the rollouts; gone on with where it has some.")],
     samples: Annotated[int | None, typer.Option("--samples", min=2, help="Completions a prompt.")] = None,
     temperature: Annotated[float | None, typer.Option("--temperature", min=0.0)] = None,
     top_p: Annotated[float | None, typer.Option("--top-p", min=0.0, max=1.0)] = None,
@@ -96,13 +101,17 @@ def generate(
     from pipeline.generation.generate import Work
     from pipeline.generation.generate import generate as make
     from pipeline.generation.vllm_engine import VllmEngine
-    from pipeline.prompts import PromptFile, write_prompts
+    from pipeline.prompts import PromptFile
+    from pipeline.remote import fetch_policy, fetch_prompts, put_prompts
+    from pipeline.rollouts.places import is_url
 
-    asked = PromptFile(prompts)
-    work = Work(policy, settings.generation, round, settings.seed, settings if recipe else None)
+    asked = PromptFile(fetch_prompts(prompts))
     _require(policy)
-    totals = make(work, asked, out, partial(VllmEngine, policy, settings.generation, settings.seed))
-    write_prompts(out / "prompts.parquet", asked)
+    here = fetch_policy(policy)
+    origin = policy if is_url(policy) else None
+    work = Work(here, settings.generation, round, settings.seed, settings if recipe else None, origin)
+    totals = make(work, asked, out, partial(VllmEngine, here, settings.generation, settings.seed))
+    put_prompts(out, asked)
     typer.echo(
         f"{out}: {totals.completions:,} completions in {totals.groups:,} groups, {totals.tokens:,} tokens, "
         f"{totals.seconds:.1f} s" + (f"; {totals.skipped_groups:,} groups were there" if totals.skipped_groups else "")
@@ -112,9 +121,10 @@ def generate(
 @app.command()
 def verify(
     file: Annotated[
-        Path,
+        str,
         typer.Argument(
-            metavar="FILE.jsonl", help="A case a line: id, task, response, answer or tests; or a folder of rollouts."
+            metavar="FILE.jsonl",
+            help="A case a line: id, task, response, answer or tests; or a folder or URL of rollouts.",
         ),
     ],
     out: Annotated[
@@ -125,16 +135,18 @@ def verify(
 ) -> None:
     """Judge answers and programs. Needs no model."""
     settings = _settings(recipe, set or [])
-    if file.is_dir():
-        from pipeline.rollouts.locate import locate
+    from pipeline.remote import without_scheme
+    from pipeline.rollouts.places import is_url
 
-        counts, place = _judge(locate(file), settings)
+    file = without_scheme(file)
+    if is_url(file) or Path(file).is_dir():
+        counts, place = _verify_rollouts(file, settings)
     elif out is None:
         raise RequestError("verify needs --out, a .jsonl or .parquet file for the verdicts")
     else:
         from pipeline.verifiers.command import verify_file
 
-        counts, place = verify_file(file, out, settings.verification), out
+        counts, place = verify_file(Path(file), out, settings.verification), str(out)
     words = "".join(f", {count:,} {name}" for name, count in sorted(counts.items()))
     typer.echo(f"{place}: {sum(counts.values()):,} verdicts{words}")
 
@@ -143,12 +155,12 @@ def verify(
 def train(
     rollouts: Annotated[str, typer.Option("--rollouts", help="A run's folder, generated rollouts, or a dataset.")],
     policy: PolicyOption,
-    out: Annotated[Path, typer.Option("--out", help="Folder below which the new snapshot is published.")],
+    out: Annotated[str, typer.Option("--out", help="Folder or URL below which the new snapshot is published.")],
     round: Annotated[
         int | None, typer.Option("--round", min=0, help="Round of a run's folder; its newest unless given.")
     ] = None,
     behaviour_policy: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "--behaviour-policy", help="The snapshot that wrote the rollouts, where --policy has learned on since."
         ),
@@ -160,20 +172,21 @@ def train(
     settings = _settings(recipe, set or [])
     _require(policy)
 
+    from pipeline.remote import without_scheme, working_folder
     from pipeline.rollouts.locate import locate
 
-    found = locate(rollouts, round)
+    found = locate(without_scheme(rollouts), round)
     if found.verdicts is None:
-        counts, place = _judge(found, settings)
+        counts, place = _judge_here(found, settings)
         typer.echo(f"{place}: {sum(counts.values()):,} verdicts")
-    words = ["trainer", "--rollouts", str(found.root), "--policy", str(policy), "--out", str(out)]
+    words = ["trainer", "--rollouts", str(found.root), "--policy", policy, "--out", out]
     if found.round is not None:
         words += ["--round", str(found.round)]
     if behaviour_policy is not None:
         _require(behaviour_policy)
-        words += ["--behaviour-policy", str(behaviour_policy)]
-    settings_file = out / ".recipe.yaml"
-    out.mkdir(parents=True, exist_ok=True)
+        words += ["--behaviour-policy", behaviour_policy]
+    settings_file = working_folder(out) / ".recipe.yaml"
+    settings_file.parent.mkdir(parents=True, exist_ok=True)
     settings.save(settings_file)
     _become([*words, "--recipe", str(settings_file)])
 
@@ -182,7 +195,7 @@ def train(
 def evaluate(
     policy: PolicyOption,
     prompts: PromptsOption,
-    out: Annotated[Path, typer.Option("--out", help="Parquet file, a row a prompt.")],
+    out: Annotated[str, typer.Option("--out", help="Parquet file or its URL, a row a prompt.")],
     samples: Annotated[int | None, typer.Option("--samples", min=1, help="Completions a prompt.")] = None,
     ks: Annotated[str | None, typer.Option("--ks", help="Values of k, such as 1,8,64.")] = None,
     recipe: RecipeOption = None,
@@ -199,13 +212,14 @@ def evaluate(
     settings = _settings(recipe, overrides)
     _require(policy)
 
-    from pipeline.evaluation import evaluate as measure
-    from pipeline.evaluation import heldout
+    from pipeline.evaluation import evaluate_to, heldout
     from pipeline.generation.vllm_engine import VllmEngine
     from pipeline.prompts import iter_prompts
+    from pipeline.remote import fetch_policy, fetch_prompts
 
-    start = partial(VllmEngine, policy, settings.for_evaluation(), settings.seed)
-    found = measure(policy, heldout(iter_prompts(prompts)), settings, out, start)
+    here = fetch_policy(policy)
+    start = partial(VllmEngine, here, settings.for_evaluation(), settings.seed)
+    found = evaluate_to(out, here, heldout(iter_prompts(fetch_prompts(prompts))), settings, start)
     for k, estimate in found.overall.items():
         typer.echo(f"pass@{k} {estimate.mean:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]")
     typer.echo(f"{out}: {found.prompts:,} prompts, {found.samples} completions each, {found.seconds:.1f} s")
@@ -289,7 +303,7 @@ def plan(
         Path | None,
         typer.Option("--measured", help="A run's folder to take lengths and throughputs from, and to compare with."),
     ] = None,
-    root: RootOption = Path("data"),
+    root: Annotated[Path, typer.Option("--root", help="Data folder that the run lies in.")] = Path("data"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as one JSON object instead.")] = False,
 ) -> None:
     """What a recipe takes: tokens, hours, memory and disk, each with its formula; and what to change. Runs nothing."""
@@ -378,22 +392,55 @@ def _overrides(given: list[str] | None, **flags: int | None) -> list[str]:
     return [*(given or []), *(f"{key}={value}" for key, value in flags.items() if value is not None)]
 
 
-def _judge(found: Located, settings: Recipe) -> tuple[dict[str, int], Path]:
-    """Verdicts for rollouts that have none yet, where `locate` finds them."""
-    from pipeline.layout import Run
+def _verify_rollouts(place: str, settings: Recipe) -> tuple[dict[str, int], str]:
+    """Judges a folder's or a URL's rollouts; verdicts go beside them. Returns the statuses and where they went."""
+    from pipeline.remote import verdicts_copy
+    from pipeline.rollouts.locate import locate
+    from pipeline.rollouts.places import is_url
+
+    found = locate(place)
+    copy = verdicts_copy(found)
+    if copy is None and is_url(place):
+        raise RequestError(f"{place}: an exported dataset stays as it is; import it, and judge the folder")
+    if copy is None:
+        return _judge(found, settings, found.verdict_folder), str(found.verdict_folder)
+    copy.bring(lambda name: "/" not in name)
+    counts = _judge(found, settings, copy.folder)
+    copy.send(lambda name: "/" not in name)
+    return counts, copy.url
+
+
+def _judge_here(found: Located, settings: Recipe) -> tuple[dict[str, int], str]:
+    """Verdicts for rollouts that have none yet, where `locate` finds them; nothing is sent to a URL."""
+    import shutil
+
+    from pipeline.remote import verdicts_copy
+
+    copy, place = verdicts_copy(found), found.verdict_folder
+    if copy is None:
+        return _judge(found, settings, place), str(place)
+    counts = _judge(found, settings, copy.folder)  # kept there, where the next call finds them judged
+    shutil.copytree(copy.folder, place, ignore=shutil.ignore_patterns(".*"), dirs_exist_ok=True)
+    return counts, str(place)
+
+
+def _judge(found: Located, settings: Recipe, out: Path) -> dict[str, int]:
     from pipeline.scoring import score
 
     if found.prompts is None:
         raise RequestError(f"{found.root}: no prompts.parquet beside the rollouts, so no answers to judge by")
-    place = found.verdicts or found.rollouts / "verdicts"
-    if found.round is not None:
-        place = Run(found.root.parent.parent, found.root.name).verdicts(found.round)
-    return score(found.rollouts, found.prompts, place, settings.verification).statuses, place
+    return score(found.rollouts, found.prompts, out, settings.verification).statuses
 
 
-def _require(policy: Path) -> None:
-    """Refuses a missing policy before seconds are spent on imports."""
-    if not (policy / "config.json").exists():
+def _require(policy: str) -> None:
+    """Refuses a missing policy before seconds are spent on imports; one at a URL is brought here."""
+    from pipeline.rollouts.places import is_url
+
+    if is_url(policy):
+        from pipeline.remote import fetch_policy
+
+        fetch_policy(policy)
+    elif not (Path(policy) / "config.json").exists():
         raise RequestError(f"no policy in {policy}: expected a folder with config.json, weights and tokenizer")
 
 

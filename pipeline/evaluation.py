@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
@@ -117,6 +118,33 @@ def evaluate(
     _write(table, evaluation, out)
     shutil.rmtree(work)
     return evaluation
+
+
+def evaluate_to(
+    place: str, policy: Path, prompts: Sequence[Prompt], recipe: Recipe, start_engine: Callable[[], Engine]
+) -> Evaluation:
+    """`evaluate`, with a file's path or its URL for `out`.
+
+    What is sent to a URL is made in the cache. Where sending it failed, the same call sends it and measures nothing.
+    """
+    from pipeline.remote import copy_of, local_path
+
+    out = local_path(place)
+    if out is not None:
+        return evaluate(policy, prompts, recipe, out, start_engine)
+    folder, _, name = place.rpartition("/")
+    if not name:
+        raise RequestError(f"--out {place}: names a folder; give a file's URL, such as {place}evaluation.parquet")
+    copy = copy_of(folder)
+    settings = recipe.model_dump(mode="json", include={"evaluation", "verification", "generation", "seed"})
+    asked = [snapshots.load_record(policy).sha256, sorted(prompt.prompt_id for prompt in prompts), settings]
+    task = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+    if copy.held(name, task) is None:
+        evaluate(policy, prompts, recipe, copy.folder / name, start_engine)
+        copy.hold(name, task)
+    copy.send([name])
+    copy.release(name)
+    return read_evaluation(copy.folder / name)
 
 
 def _count(work: Path, prompts: Iterable[Prompt]) -> pl.DataFrame:

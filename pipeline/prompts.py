@@ -246,8 +246,11 @@ def _short_enough(prompts: Sequence[Prompt], most: int, model: str | None) -> li
         raise RequestError("prompts.max_tokens needs policy.model, whose tokenizer counts; set it to null")
     from transformers import AutoTokenizer
 
+    from pipeline.remote import fetch_policy
+    from pipeline.rollouts.places import is_url
+
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(fetch_policy(model) if is_url(model) else model)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise RequestError(f"policy.model {model}: no tokenizer to count prompts.max_tokens with ({reason})") from None
@@ -260,7 +263,9 @@ def _short_enough(prompts: Sequence[Prompt], most: int, model: str | None) -> li
 
 def _source(name: str, split: Literal["train", "heldout"], recipe: Recipe) -> list[Prompt]:
     if name != "tiny":
-        found = read_prompts(Path(name))
+        from pipeline.remote import fetch_prompts
+
+        found = read_prompts(fetch_prompts(name))
         # A file without marks is all of the split it is named for; a marked one gives its part.
         return [prompt for prompt in found if prompt.split == split] or found
     settings = recipe.prompts

@@ -111,12 +111,7 @@ def load_record(folder: Path) -> Snapshot:
     """
     record = folder / RECORD
     if record.exists():
-        try:
-            return Snapshot.model_validate_json(record.read_bytes())
-        except ValidationError:
-            raise RequestError(
-                f"{record}: not a snapshot record; restore the file or delete it to treat {folder} as a plain model"
-            ) from None
+        return parse_record(record.read_bytes(), str(record))
     if not (folder / "config.json").exists():
         raise RequestError(
             f"no policy in {folder}: expected a folder with config.json, weights and tokenizer in Hugging Face format"
@@ -124,6 +119,20 @@ def load_record(folder: Path) -> Snapshot:
     if not any(folder.glob("*.safetensors")):
         raise RequestError(f"no weights in {folder}: expected *.safetensors beside config.json")
     return describe(folder, parent=None, round=None, step=0, recipe_sha256=None)
+
+
+def parse_record(data: bytes, where: str) -> Snapshot:
+    """The record in these bytes of a snapshot.json; `where` is what the error names."""
+    try:
+        snapshot = Snapshot.model_validate_json(data)
+    except ValidationError:
+        raise RequestError(
+            f"{where}: not a snapshot record; restore the file, or delete it to treat its folder as a plain model"
+        ) from None
+    for name in snapshot.files:
+        if Path(name).name != name:  # it would lead out of the folder that it is brought into
+            raise RequestError(f"{where}: {name!r} is no plain file name; refuse this snapshot")
+    return snapshot
 
 
 def verify(folder: Path) -> Snapshot:
@@ -141,8 +150,10 @@ def verify(folder: Path) -> Snapshot:
 
 
 def adopt(model: str, folder: Path) -> Snapshot:
-    """Publishes a copy of a model folder, or of a Hub id, as a start below `folder`, where it can't change."""
-    source = Path(model)
+    """Publishes a copy of a model folder, a URL's, or of a Hub id, as a start below `folder`, where it can't change."""
+    from pipeline.remote import fetch_policy
+
+    source = fetch_policy(model)
     if not source.is_dir():
         source = _download(model)
     load_record(source)  # one clear line where it holds no policy

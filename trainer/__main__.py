@@ -23,10 +23,11 @@ from pipeline.errors import OaplError, WorkError
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m trainer", description=__doc__)
     parser.add_argument("--recipe", required=True)
-    parser.add_argument("--rollouts", type=Path, required=True)
-    parser.add_argument("--policy", type=Path, required=True)
-    parser.add_argument("--behaviour-policy", type=Path, default=None)
-    parser.add_argument("--out", type=Path, required=True)
+    # Folders or URLs.
+    parser.add_argument("--rollouts", required=True)
+    parser.add_argument("--policy", required=True)
+    parser.add_argument("--behaviour-policy", default=None)
+    parser.add_argument("--out", required=True)
     parser.add_argument("--round", type=int, default=None)
     parser.add_argument("--log", type=Path, default=None)
     # DeepSpeed's launcher says it to each rank, in words and in LOCAL_RANK; the latter is read.
@@ -38,14 +39,15 @@ def main() -> None:
     try:
         from pipeline import snapshots
         from pipeline.recipe import load_recipe
+        from pipeline.remote import fetch_policy
         from pipeline.rollouts.locate import locate
 
         arguments = _arguments()
         ranks = load_recipe(arguments.recipe).learning.ranks
         # What is missing is said before seconds are spent on imports and ranks.
-        snapshots.load_record(arguments.policy)
+        snapshots.load_record(fetch_policy(arguments.policy))
         if arguments.behaviour_policy is not None:
-            snapshots.load_record(arguments.behaviour_policy)
+            snapshots.load_record(fetch_policy(arguments.behaviour_policy))
         locate(arguments.rollouts, arguments.round)
         if "RANK" in os.environ or ranks == 1:
             _be_a_rank(arguments)
@@ -113,34 +115,50 @@ def _be_a_rank(arguments: argparse.Namespace) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     from pipeline.ending import leave
+
+    _learn(arguments, "nccl" if torch.cuda.is_available() else "gloo")
+    leave()
+
+
+def _learn(arguments: argparse.Namespace, backend: str) -> None:
+    import deepspeed
+    import torch.distributed as dist
+
     from pipeline.layout import Run
     from pipeline.recipe import load_recipe
+    from pipeline.remote import fetch_policy, working_folder
     from pipeline.rollouts.locate import locate
     from pipeline.rollouts.store import read_manifest
-    from trainer.learner import Round, learn
+    from trainer import publishing
+    from trainer.learner import Round
 
-    recipe = load_recipe(arguments.recipe)
+    recipe, policy = load_recipe(arguments.recipe), fetch_policy(arguments.policy)
+    publishing.bring_moments(arguments.out, policy, recipe.learning)
+    deepspeed.init_distributed(backend, verbose=False)
     data = locate(arguments.rollouts, arguments.round)
     number = data.round if data.round is not None else read_manifest(data.rollouts).provenance.round
     run = Run(data.root.parent.parent, data.root.name)
-    log = arguments.log or (run.learning_log(number) if run.recipe.exists() else arguments.out / "learning.jsonl")
-    behaviour = arguments.behaviour_policy
+    out = working_folder(arguments.out)
+    log = arguments.log or (run.learning_log(number) if run.recipe.exists() else out / "learning.jsonl")
+    behaviour = fetch_policy(arguments.behaviour_policy) if arguments.behaviour_policy is not None else None
     try:
-        summary = learn(Round(recipe, data, arguments.policy, arguments.out, log, number, behaviour))
+        work = Round(recipe, data, policy, out, log, number, behaviour)
+        summary = publishing.learn_for(arguments.out, work)
     except RuntimeError as error:
         lost = None if isinstance(error, OaplError) else _lost(error)
         if lost is None:
             raise
         raise lost from None
+    dist.destroy_process_group()
     if int(os.environ["RANK"]) == 0:
+        # After the group's end: the other ranks would take a long upload for a loss.
+        publishing.send(arguments.out, summary["snapshot_id"])
         print(  # noqa: T201
-            f"{arguments.out / summary['snapshot_id']}: {summary['steps']} steps, {summary['sequences']:,} sequences, "
+            f"{arguments.out.rstrip('/')}/{summary['snapshot_id']}: {summary['steps']} steps, "
+            f"{summary['sequences']:,} sequences, "
             f"log-probability gap {summary['logprob_gap']['mean']:+.5f} nats a token, {summary['seconds']:.1f} s"
         )
-    torch.distributed.destroy_process_group()
-    leave()
 
 
 def _free_port() -> str:

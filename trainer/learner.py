@@ -76,7 +76,7 @@ def learn(work: Round) -> dict[str, Any]:
     settings = work.recipe.learning
     _refuse_missing_packages(settings)
     parent = snapshots.load_record(work.policy)
-    view = _from_rank_0(lambda: View([work.data, *_replayed(work)], settings))
+    view = from_rank_0(lambda: View([work.data, *_replayed(work)], settings))
     _refuse_foreign_tokens(parent, view, work)
     learner = _Learner(work, view, parent)
     learner.prepare()
@@ -108,7 +108,7 @@ def learn(work: Round) -> dict[str, Any]:
 Made = TypeVar("Made")
 
 
-def _from_rank_0(make: Callable[[], Made]) -> Made:
+def from_rank_0(make: Callable[[], Made]) -> Made:
     """What rank 0 makes, on every rank, or the OaplError that it raised. Each rank calls it."""
     made: list[Any] = [None]
     if dist.get_rank() == 0:
@@ -454,7 +454,7 @@ class _Learner:
     def publish(self) -> snapshots.Snapshot:
         """Writes the next snapshot. Raises WorkError, publishing nothing, where a weight is not finite."""
         state = engines.gathered(self.engine, self.settings)
-        chosen = _from_rank_0(lambda: self._published(state))
+        chosen = from_rank_0(lambda: self._published(state))
         engines.keep_moments(self.engine, self.work.out, chosen, self.parent.snapshot_id, self.settings)
         return snapshots.load_record(self.work.out / chosen)
 

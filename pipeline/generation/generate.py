@@ -30,8 +30,8 @@ class Totals:
     """Groups that were in the manifest already."""
 
 
-def generate(work: Work, prompts: Iterable[Prompt], out: Path, start_engine: Callable[[], Engine]) -> Totals:
-    """Generates each prompt's group that `out` does not hold yet, and commits groups shard by shard.
+def generate(work: Work, prompts: Iterable[Prompt], out: Path | str, start_engine: Callable[[], Engine]) -> Totals:
+    """Generates each prompt's group that `out` (a folder or a URL) lacks yet, and commits groups shard by shard.
 
     `prompts`, each with an id of its own, are gone through twice: a list or a PromptFile, no generator. The engine is
     started only where something is missing; with `engine: ray` each replica starts one, so that `start_engine` must

@@ -24,6 +24,8 @@ class Work:
     round: int
     seed: int
     recipe: Recipe | None = None
+    origin: str | None = None
+    """The URL that the policy was brought from, so that other machines bring it, too."""
 
 
 @dataclass(slots=True)

@@ -63,16 +63,19 @@ class Replica:
     def start(self) -> None:
         """Loads the policy. Raises RequestError where this machine does not see what the others do."""
         from pipeline.generation.generate import engine_version
+        from pipeline.remote import fetch_policy
         from pipeline.rollouts.shards import ShardWriter
 
         where = f"node {socket.gethostname()}"
         settings = self._work.settings
+        if self._work.origin is not None and (found := fetch_policy(self._work.origin)) != self._work.policy:
+            raise RequestError(f"{where} keeps the policy in {found}; set OAPL_CACHE to the same path on all nodes")
         if not (self._work.policy / "config.json").exists():
             raise RequestError(f"{where} does not see {self._work.policy}; put the policy where all nodes can read it")
-        found = engine_version()
-        if found != self._origin.engine_version:
+        version = engine_version()
+        if version != self._origin.engine_version:
             raise RequestError(
-                f"{where} has vLLM {found}, and the dataset is of {self._origin.engine_version}; "
+                f"{where} has vLLM {version}, and the dataset is of {self._origin.engine_version}; "
                 "install the same on all nodes"
             )
         try:

@@ -60,6 +60,18 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process, and one thread, at a time; the others wait. The lock (flock) ends with its process."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 _REASONS = {
     errno.ENOSPC: "no space left on the disk; free some and run the command again",
     errno.ENOENT: "the folder is gone; mount or make it again",

@@ -34,6 +34,13 @@ class Located:
     snapshots: Path | None = None
     """The run's snapshots, where a tokenizer may be found."""
 
+    @property
+    def verdict_folder(self) -> Path:
+        """Where verdicts lie, or will."""
+        if self.verdicts is not None:
+            return self.verdicts
+        return self.root / VERDICTS if self.round is None else self.root / VERDICTS / self.rollouts.name
+
 
 def locate(place: str | Path, round: int | None = None) -> Located:
     """Resolves a DIR or DATASET of the command line.

@@ -7,11 +7,11 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +23,8 @@ from pipeline.rollouts.objects import Objects
 
 ORIGIN = "origin.json"
 SUMS = "SHA256SUMS"
+SUMMARY, UNFINISHED = "scoring.json", ".unfinished.json"
+"""Of a folder of verdicts: what is sent last, and what is sent first where the other is not there yet."""
 _ROUND = re.compile(r"(.*)/rollouts/(round=\d+)")
 
 
@@ -32,14 +34,13 @@ def local_copy(path: Path) -> Path:
     Of several processes that ask at once one fetches. Raises WorkError where the store refuses, or gives other bytes
     than the manifest says.
     """
-    if path.exists() or not (path.parent / ORIGIN).exists():
+    if path.exists() or (url := origin_of(path.parent)) is None:
         return path
-    url = json.loads((path.parent / ORIGIN).read_bytes())["url"]
     shard = _shards(path.parent / MANIFEST, (path.parent / MANIFEST).stat().st_mtime_ns).get(path.name)
     if shard is None:
         return path
     place = Objects(url)
-    with _one_at_a_time(path), durable.told_in_one_line(path.parent):
+    with durable.locked(path.with_name(f".fetching-{path.name}")), durable.told_in_one_line(path.parent):
         if not path.exists():
             with durable.replacing(path) as temporary:
                 try:
@@ -53,21 +54,24 @@ def local_copy(path: Path) -> Path:
     return path
 
 
+def origin_of(rollouts: Path) -> str | None:
+    """The URL where mirrored rollouts lie; None for rollouts that lie in this folder."""
+    try:
+        url: str = json.loads((rollouts / ORIGIN).read_bytes())["url"]
+    except FileNotFoundError:
+        return None
+    return url
+
+
+def keep_origin(rollouts: Path, url: str) -> None:
+    """Notes of a folder with a manifest where its shards are fetched from."""
+    if origin_of(rollouts) != url:
+        durable.write_durably(rollouts / ORIGIN, json.dumps({"url": url}).encode())
+
+
 @lru_cache(maxsize=8)
 def _shards(manifest: Path, _changed: int) -> dict[str, Shard]:
     return {shard.file: shard for shard in parse_manifest(manifest.read_bytes(), str(manifest)).shards}
-
-
-@contextlib.contextmanager
-def _one_at_a_time(path: Path) -> Iterator[None]:
-    lock = path.with_name(f".fetching-{path.name}")
-    descriptor = os.open(lock, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-        lock.unlink(missing_ok=True)
-    finally:
-        os.close(descriptor)
 
 
 def mirrored(url: str, cache: Path, round: int | None) -> tuple[Path, int | None] | None:
@@ -77,6 +81,12 @@ def mirrored(url: str, cache: Path, round: int | None) -> tuple[Path, int | None
     brought up to date; shards stay where they are (see `local_copy`).
     """
     url = url.rstrip("/")
+    # Ranks and stages of one machine may ask at once; a file that one fetches is another's to read.
+    with durable.locked(cache / f".{_folder(cache, url).name}.lock"):
+        return _mirrored(url, cache, round)
+
+
+def _mirrored(url: str, cache: Path, round: int | None) -> tuple[Path, int | None] | None:
     named = _ROUND.fullmatch(url)
     with _told(url):
         if Objects(url).sizes([SUMS]):
@@ -129,16 +139,21 @@ def _mirror_rollouts(url: str, folder: Path) -> None:
         for shard in set(old.shards if old else []) - set(manifest.shards):
             (folder / shard.file).unlink(missing_ok=True)
         durable.write_durably(path, manifest.encoded())
-    if not (folder / ORIGIN).exists():
-        durable.write_durably(folder / ORIGIN, json.dumps({"url": url}).encode())
+    keep_origin(folder, url)
 
 
 def _mirror_folder(place: Objects, kept: Path, folder: str) -> None:
-    entries = [entry for entry in place.entries(folder) if not entry.name.startswith(".")]
+    entries = place.entries(folder)
+    names = {entry.name for entry in entries}
+    entries = [entry for entry in entries if not entry.name.startswith(".")]
+    if UNFINISHED in names and SUMMARY not in names:
+        entries = []  # some of its files may be missing
     there = kept / folder
+    if not entries:
+        shutil.rmtree(there, ignore_errors=True)  # an empty folder would be taken for verdicts of nothing
     for path in there.glob("*") if there.is_dir() else []:
         if path.is_file() and not path.name.startswith(".") and path.name not in {entry.name for entry in entries}:
-            path.unlink()
+            path.unlink(missing_ok=True)
     _mirror_files(place, kept, [f"{folder}/{entry.name}" for entry in entries])
 
 

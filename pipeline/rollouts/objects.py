@@ -7,9 +7,11 @@ between the two. Everything that does not succeed is tried again, with longer an
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import random
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -41,6 +43,10 @@ class Entry:
     bytes: int
     modified: float
     """Seconds since 1970; zero where the store does not say."""
+    tag: str
+    """Another one means other content, or the same put again."""
+    md5: str | None
+    """Of the content, in hexadecimal digits; null where the store does not say."""
 
 
 def filesystem_of(url: str, **options: Any) -> tuple[Any, str]:
@@ -221,10 +227,39 @@ class Objects:
         except FileNotFoundError:
             return []
         return [
-            Entry(one["name"].rpartition("/")[2], int(one["size"] or 0), _moment(one))
+            _entry(one["name"].rpartition("/")[2], one)
             for one in found
             if one["type"] == "file" and one["name"].rstrip("/") != self._path(folder)
         ]
+
+    def tree(self, folder: str = "") -> list[Entry]:
+        """The files in a folder and in those below it, by their names in the place."""
+
+        def listed() -> dict[str, dict[str, Any]]:
+            self._fs.invalidate_cache()
+            found: dict[str, dict[str, Any]] = self._fs.find(self._path(folder), detail=True)
+            return found
+
+        try:
+            found = self._tried(listed)
+        except FileNotFoundError:
+            return []
+        before = len(self._root) + 1
+        return [_entry(name[before:], one) for name, one in found.items() if one["type"] == "file"]
+
+    def entry(self, name: str) -> Entry | None:
+        """One file as a listing has it; null where it is not there."""
+
+        def asked() -> dict[str, Any]:
+            self._fs.invalidate_cache()
+            found: dict[str, Any] = self._fs.info(self._path(name))
+            return found
+
+        try:
+            found = self._tried(asked)
+        except FileNotFoundError:
+            return None
+        return _entry(name, found) if found["type"] == "file" else None
 
     def folders(self, folder: str) -> list[str]:
         """Names of the folders directly in a folder."""
@@ -238,6 +273,16 @@ class Objects:
     def fetch(self, name: str, target: Path) -> None:
         """Copies a file to this machine."""
         self._tried(lambda: self._fs.get_file(self._path(name), str(target)))
+
+    def send(self, source: Path, name: str) -> None:
+        """Puts a file of this machine there; an older one of this name is replaced."""
+        folder = name.rpartition("/")[0]
+        self.prepare(*([folder] if folder else []))
+        self._tried(lambda: self._fs.put_file(str(source), self._path(name)))
+
+    def copy(self, name: str, target: str) -> None:
+        """Copies a file within the store."""
+        self._tried(lambda: self._fs.cp_file(self._path(name), self._path(target)))
 
     def delete(self, names: Iterable[str]) -> None:
         self._each(lambda path: self._fs.rm_file(path), names)
@@ -281,6 +326,8 @@ def _code(error: BaseException | None) -> str:
 
 def _refused(error: BaseException) -> bool:
     """Whether the store understood and said no: another try would hear the same."""
+    if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError"):
+        return True  # nobody was asked
     return _code(error) in (
         "NoSuchBucket",
         "InvalidAccessKeyId",
@@ -288,6 +335,15 @@ def _refused(error: BaseException) -> bool:
         "AccessDenied",
         "InvalidBucketName",
     )
+
+
+def _entry(name: str, found: dict[str, Any]) -> Entry:
+    size, modified = int(found["size"] or 0), _moment(found)
+    etag = str(found.get("ETag") or found.get("etag") or "").strip('"')
+    md5 = etag if re.fullmatch(r"[0-9a-f]{32}", etag) else None
+    if md5 is None and isinstance(found.get("md5Hash"), str):
+        md5 = base64.b64decode(found["md5Hash"]).hex()
+    return Entry(name, size, modified, f"{size}-{etag or modified}", md5)
 
 
 def _moment(entry: dict[str, Any]) -> float:

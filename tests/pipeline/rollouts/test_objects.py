@@ -6,8 +6,6 @@ import os
 import random
 import sys
 import time
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,34 +24,6 @@ from pipeline.rollouts.store import RolloutWriter, iter_batches, read_manifest
 from pipeline.rollouts.validate import validate
 
 sys.path.append(str(Path(__file__).parents[2] / "trainer"))
-
-
-@pytest.fixture(scope="module")
-def proxy(s3: str) -> Iterator[FaultyProxy]:
-    """Before the server, and where s3fs is told that S3 is, for all tests here: a new client takes a second."""
-    import fsspec.config
-    import s3fs
-
-    made = FaultyProxy(s3)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("ACCESS_KEY_ID", "key"), ("SECRET_ACCESS_KEY", "secret"), ("ENDPOINT_URL", made.url)):
-            patch.setenv(f"AWS_{name}", value)
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setitem(fsspec.config.conf, "s3", {"config_kwargs": {"read_timeout": 1}})
-        s3fs.S3FileSystem.clear_instance_cache()
-        yield made
-    s3fs.S3FileSystem.clear_instance_cache()
-    made.close()
-
-
-@pytest.fixture
-def bucket(proxy: FaultyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """URL of a folder that is this test's own, reached through the proxy."""
-    monkeypatch.setenv("OAPL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(objects, "PAUSE_S", 0.01)
-    proxy.fault_of, proxy.spoiled = (lambda method, path: None), []
-    yield f"s3://bucket/{uuid.uuid4().hex[:8]}"
-    proxy.fault_of = lambda method, path: None
 
 
 def driver(url: str) -> RolloutWriter:

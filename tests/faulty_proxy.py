@@ -50,6 +50,19 @@ class FaultyProxy:
         self.server.server_close()
 
 
+def asked_for(proxy: FaultyProxy, method: str) -> list[str]:
+    """The paths of requests from here on."""
+    asked: list[str] = []
+
+    def note(its_method: str, path: str) -> str | None:
+        if its_method == method:
+            asked.append(path)
+        return None
+
+    proxy.fault_of = note
+    return asked
+
+
 class _Handler(BaseHTTPRequestHandler):
     proxy: FaultyProxy
     protocol_version = "HTTP/1.1"
