@@ -125,10 +125,11 @@ def behaviour() -> Iterator[Words]:
 
 def smollm2() -> Iterator[Words]:
     """A pretrained model, one seed, at the recipe's rate and beta2; neither loss was tuned on it."""
-    words = ["--recipe", "smollm2", "--out", f"{COMPARED}/smollm2", *arm("oapl", "oapl")]
-    words += arm("grpo", "grpo", "clip_low=0.5", "clip_high=2.0")
-    yield [*words, "--lag", "32", "--set", "evaluation.samples=32", "--set", "evaluation.ks=[1,2,4,8,16,32]"]
-    yield [*words, "--lag", "8", "--steps", "32"]
+    words = ["--recipe", "smollm2", *arm("oapl", "oapl"), *arm("grpo", "grpo", "clip_low=0.5", "clip_high=2.0")]
+    many = ["--set", "evaluation.samples=32", "--set", "evaluation.ks=[1,2,4,8,16,32]"]
+    yield [*words, "--lag", "32", *many, "--out", f"{COMPARED}/smollm2"]
+    few = ["--set", "evaluation.samples=4", "--set", "evaluation.ks=[1,4]"]
+    yield [*words, "--lag", "8", "--steps", "32", *few, "--out", f"{COMPARED}/smollm2_short"]
 
 
 EXPERIMENTS = {

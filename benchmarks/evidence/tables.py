@@ -39,10 +39,11 @@ def _passk(place: Path) -> list[dict[str, object]]:
 
 
 def kept(folder: Path) -> dict[str, pl.DataFrame]:
-    """The tables of docs/evidence by name; `lags` has the short lag in it."""
+    """The tables of docs/evidence by name; `lags` has the short lags in it, as `smollm2` has."""
     found = {place.stem: pl.read_parquet(place) for place in sorted(folder.glob("*.parquet"))}
-    if "short_lag" in found and "lags" in found:
-        found["lags"] = pl.concat([found.pop("short_lag"), found["lags"]])
+    for short, name in (("short_lag", "lags"), ("smollm2_short", "smollm2")):
+        if short in found and name in found:
+            found[name] = pl.concat([found.pop(short), found[name]])
     return found
 
 
