@@ -139,7 +139,7 @@ def evaluate_to(
     settings = recipe.model_dump(mode="json", include={"evaluation", "verification", "generation", "seed"})
     asked = [snapshots.load_record(policy).sha256, sorted(prompt.prompt_id for prompt in prompts), settings]
     task = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
-    if copy.held(name, task) is None:
+    if copy.held(name, task) is None or not (copy.folder / name).is_file():
         evaluate(policy, prompts, recipe, copy.folder / name, start_engine)
         copy.hold(name, task)
     copy.send([name])

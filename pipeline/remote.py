@@ -105,11 +105,13 @@ def fetch_policy(place: str | Path) -> Path:
             with durable.locked(folder.with_name(f".{folder.name}.lock")):
                 if not folder.exists():
                     names = [*sums, snapshots.RECORD] if sums else list(entries)
-                    _fetch_whole(store, folder, names, sums)
+                    _fetch_whole(store, folder, names, sums, entries)
     return folder
 
 
-def _fetch_whole(store: Objects, folder: Path, names: list[str], sums: Mapping[str, str]) -> None:
+def _fetch_whole(
+    store: Objects, folder: Path, names: list[str], sums: Mapping[str, str], entries: Mapping[str, Entry]
+) -> None:
     """Brings a folder's files; those that an interrupted call brought are not fetched again."""
     partial = folder.with_name(f"{durable.TEMPORARY}{folder.name}")
     partial.mkdir(parents=True, exist_ok=True)
@@ -118,6 +120,8 @@ def _fetch_whole(store: Objects, folder: Path, names: list[str], sums: Mapping[s
         path = partial / name
         if not (name in sums and path.is_file() and durable.sha256_file(path) == sums[name]):
             fetch_file(store, name, path, sums.get(name))
+        if not sums and path.stat().st_size != entries[name].bytes:
+            raise WorkError(f"{store.said(name)}: changed while it was fetched; run again when it is published")
 
     with ThreadPoolExecutor(FILES_AT_ONCE) as threads:
         list(threads.map(bring, names))
@@ -144,8 +148,7 @@ def fetch_prompts(place: str | Path) -> Path:
         return found
     folder, _, name = str(place).rpartition("/")
     copy = Copy(folder, cache_folder() / "files" / key_of(folder))
-    copy.bring([name])
-    if not (copy.folder / name).is_file():
+    if name not in copy.bring([name]):
         raise RequestError(
             f"no prompt file {place}; give a .jsonl or .parquet file of task, messages (or prompt), and answer or tests"
         )
@@ -202,8 +205,8 @@ class Copy:
         self._reading = threading.Lock()
         folder.mkdir(parents=True, exist_ok=True)
 
-    def bring(self, wanted: Wanted, sums: Mapping[str, str] | None = None) -> None:
-        """Fetches those of the wanted files that are new or have changed there.
+    def bring(self, wanted: Wanted, sums: Mapping[str, str] | None = None) -> set[str]:
+        """Fetches those of the wanted files that are new or have changed there; returns those that are there.
 
         `sums` are SHA-256s that they must have. Raises WorkError where the store refuses.
         """
@@ -215,6 +218,7 @@ class Copy:
             changed = [entry.name for entry in entries if not self._is_here(entry)]
             with ThreadPoolExecutor(FILES_AT_ONCE) as threads:
                 list(threads.map(lambda name: self._bring(name, (sums or {}).get(name)), changed))
+        return {entry.name for entry in entries}
 
     def _there(self, names: Sequence[str]) -> dict[str, Entry]:
         """Those of the files that are at the URL."""

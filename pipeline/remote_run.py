@@ -91,10 +91,9 @@ class RemoteRun:
         record = snapshots.load_record(folder)
         sums = {self._name(folder / name): digest for name, digest in record.files.items()}
         missing = [name for name in sums if not (self.run.path / name).exists()]
-        self._copy.bring(missing, sums)
-        for name in missing:
-            if not (self.run.path / name).exists():
-                raise WorkError(f"{self.url}/{name}: is missing in the store; publish the snapshot again")
+        gone = set(missing) - self._copy.bring(missing, sums)
+        if gone:
+            raise WorkError(f"{self.url}/{min(gone)}: is missing in the store; publish the snapshot again")
         return folder
 
     def bring_moments(self, snapshot_id: str) -> None:

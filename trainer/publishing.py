@@ -73,7 +73,9 @@ def _learned(copy: Copy, work: Round) -> tuple[str, dict[str, Any] | None]:
     told = [digest, verdicts, parent.sha256, behaviour, work.number, dist.get_world_size(), settings]
     task = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
     held = copy.held(SNAPSHOT, task)
-    return task, None if held is None else json.loads(held["summary"])
+    summary = json.loads(held["summary"]) if held is not None else None
+    whole = summary is not None and (copy.folder / summary["snapshot_id"] / snapshots.RECORD).exists()
+    return task, summary if whole else None
 
 
 def _refuse_apart(folder: Path) -> None:

@@ -75,10 +75,10 @@ def _shards(manifest: Path, _changed: int) -> dict[str, Shard]:
 
 
 def mirrored(url: str, cache: Path, round: int | None) -> tuple[Path, int | None] | None:
-    """A local folder for `locate`, and the round in it; None where the URL has no rollouts to be read in place.
+    """A local folder for `locate`, and the round in it; None where an exported dataset is there.
 
     The URL names a run's folder, one round of its rollouts, or what `oapl generate` wrote. Prompts and verdicts are
-    brought up to date; shards stay where they are (see `local_copy`).
+    brought up to date; shards stay where they are (see `local_copy`). Raises RequestError where nothing is there.
     """
     url = url.rstrip("/")
     # Ranks and stages of one machine may ask at once; a file that one fetches is another's to read.
@@ -104,7 +104,10 @@ def _mirrored(url: str, cache: Path, round: int | None) -> tuple[Path, int | Non
             rounds = [name for name in rounds if int(name.removeprefix("round=")) == round]
         rounds = [name for name in rounds if place.sizes([f"rollouts/{name}/{MANIFEST}"])]
         if not rounds:
-            return None
+            wanted = "rollouts" if round is None else f"rollouts of round {round}"
+            raise RequestError(
+                f"{url}: no {wanted} there; give the URL of a run, of generated rollouts, or of an exported dataset"
+            )
         newest = max(rounds)
         kept = _folder(cache, root)
         _mirror_rollouts(f"{root}/rollouts/{newest}", kept / "rollouts" / newest)

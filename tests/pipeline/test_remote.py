@@ -151,7 +151,9 @@ def test_a_copy_brings_and_sends_what_changed(bucket: str, proxy: FaultyProxy, t
     one.bring(lambda name: True)
     assert (one.folder / "b.txt").read_text() == "second"
     assert (one.folder / "stages/a.json").read_text() == "here, unsent"
-    two.bring(["b.txt", "nothing"])
+    objects.Objects(f"{bucket}-other").write("c.txt", b"of another folder, whose name begins as this one's")
+    assert two.bring(["b.txt", "nothing"]) == {"b.txt"}
+    assert two.bring(lambda name: True) == {"b.txt", "stages/a.json"}
     (one.folder / "b.txt").write_text("third")
     one.send(lambda name: True)
     os.utime(two.folder / "b.txt")  # as it was sent: nobody's third is overwritten
@@ -169,6 +171,9 @@ def test_prompts_are_brought_anew_when_they_changed(bucket: str) -> None:
     assert path.name == "some.jsonl" and path.read_bytes() == b"second"
     with pytest.raises(RequestError, match=f"no prompt file {bucket}/none.jsonl"):
         fetch_prompts(f"{bucket}/none.jsonl")
+    place.delete(["some.jsonl"])
+    with pytest.raises(RequestError, match=f"no prompt file {bucket}/some.jsonl"):
+        fetch_prompts(f"{bucket}/some.jsonl")
 
 
 def write_rollouts(place: str | Path) -> None:
