@@ -11,8 +11,9 @@ from typing import Any
 
 from pipeline.errors import RequestError, WorkError
 
-INHERITED = ("PYTHONPATH", "OMP_", "GOMP_", "TORCHDYNAMO_", "VLLM_")
-"""Starts of the names of environment variables that workers on other machines get, too."""
+_STORE = ("OAPL_CACHE", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION")
+INHERITED = ("PYTHONPATH", "OMP_", "GOMP_", "TORCHDYNAMO_", "VLLM_", *_STORE)
+"""Starts of the names of environment variables that workers on other machines get, too; no secrets, which Ray shows."""
 
 
 @contextlib.contextmanager
