@@ -190,7 +190,8 @@ def _launch(ranks: int) -> None:
         except ChildFailedError as failed:
             os.environ.pop("OAPL_ERROR_FILE")
             for rank, failure in failed.failures.items():
-                if failure.exitcode < 0:
+                # Where one rank has said why it ended, the launcher ends the others with SIGTERM.
+                if failure.exitcode < 0 and not (failure.exitcode == -signal.SIGTERM and error_file.exists()):
                     raise WorkError(
                         f"rank {rank} of the learner was ended by signal {-failure.exitcode}; 9 is often a lack of "
                         "memory: see `oapl plan`"
