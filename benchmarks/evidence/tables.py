@@ -74,7 +74,9 @@ def _of_passk(table: pl.DataFrame) -> list[str]:
         for k in ks:
             values = part.filter(pl.col("k") == k)["value"].to_list()
             low, high = student(values)
-            cells.append(f"{sum(values) / len(values):.3f}" + (f" [{low:.2f}, {high:.2f}]" if low is not None else ""))
+            mean = f"{sum(values) / len(values):.3f}"
+            # Student's interval knows nothing of where a probability ends.
+            cells.append(mean if low is None or high is None else f"{mean} [{low:.2f}, {min(1.0, high):.2f}]")
         lines.append(f"| {part['task'][0]} | {part['variant'][0]} | {part['seed'].n_unique()} | {' | '.join(cells)} |")
     return lines
 
