@@ -231,10 +231,11 @@ class PaperWriter:
 class Count:
     """What the scheduler counts for the one who waits."""
 
-    done = 0
+    done = tokens = 0
 
     def add(self, count: int, tokens: int = 0) -> None:
         self.done += count
+        self.tokens += tokens
 
 
 def paper(folder: Path, options: argparse.Namespace, lengths: tuple[int, ...]) -> list[Mark]:
@@ -272,9 +273,11 @@ def paper(folder: Path, options: argparse.Namespace, lengths: tuple[int, ...]) -
         writer.adopt(now=True)
     if len(ledger.committed) != groups or ledger.manifest.rows != count.done:
         raise WorkError(f"{folder}: {len(ledger.committed)} of {groups} groups, {count.done} rollouts were counted")
+    share = count.tokens / (options.replicas * options.sequences * options.pace * crew.now())
     again = sum(int(line.split("; ")[1].split()[0]) for line in said.getvalue().splitlines())
     print(
-        f"{options.replicas} replicas for {crew.now() / 3600:.1f} h: {crew.heard:,} reports, {crew.records:,} records, "
+        f"{options.replicas} replicas for {crew.now() / 3600:.1f} h, {share:.0%} of what they could make: "
+        f"{crew.heard:,} reports, {crew.records:,} records, "
         f"{crew.deaths} replicas lost, {again:,} groups given to others; the simulation took {crew.seconds:.0f} s"
     )
     return watch.marks

@@ -103,8 +103,11 @@ class _Member:
     """Given to it and not in the manifest yet."""
     running: set[str] = field(default_factory=set)
     """Of those, the ones that it has not finished."""
-    pace: float = 1.0
-    """Groups that it finishes from report to report."""
+    open: int = 0
+    """Completions that it has been asked for and has not told of: fewer than its groups have, as most of a group's are
+    done long before its longest."""
+    pace: float = 0.0
+    """Completions that it makes from report to report."""
     seconds: float = 0.0
     steps: int = 0
     """Decoding steps, and the seconds they took."""
@@ -163,8 +166,8 @@ class Fleet:
         self._begun = False
         self._heard = crew.now()
         self._samples = settings.samples
-        self._full = math.ceil(max(settings.max_num_seqs, self._samples) / self._samples)
-        """Groups that fill an engine."""
+        self._full = max(settings.max_num_seqs, self._samples)
+        """Completions that fill an engine."""
 
     def run(self) -> None:
         """Until every group is in the manifest.
@@ -285,8 +288,9 @@ class Fleet:
         self._progress.add(report.completions, tokens=report.tokens)
         member.counted += report.completions
         self._finished(member, report.finished)
-        if report.finished:
-            member.pace = 0.7 * member.pace + 0.3 * len(report.finished)
+        member.open -= report.completions
+        if report.completions:
+            member.pace = 0.7 * member.pace + 0.3 * report.completions
         member.steps += report.steps
         member.seconds += report.seconds
         member.tokens += report.tokens
@@ -316,6 +320,7 @@ class Fleet:
             self._owners[prompt.prompt_id] = member
             member.running.add(prompt.prompt_id)
         self._running += len(prompts)
+        member.open += len(prompts) * self._samples
         more = bool(self._left or self._again)
         seconds = max(SLICE_S, BETWEEN_REPORTS_S * len(self._members))
         member.calls.append(self._crew.call(member.replica, "work", prompts, more, seconds))
@@ -328,8 +333,8 @@ class Fleet:
         """
         sharers = max(self._ready, min(self._room, len(self._members)))
         fair = math.ceil(self._open_groups() / sharers)
-        ahead = self._full + max(1, math.ceil(2 * member.pace))
-        return max(0, min(ahead, fair) - len(member.running))
+        ahead = self._full + max(self._samples, 2 * member.pace) - member.open
+        return max(0, min(math.ceil(ahead / self._samples), fair - len(member.running)))
 
     def _next(self) -> Prompt | None:
         while self._again:

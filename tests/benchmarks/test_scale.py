@@ -23,3 +23,12 @@ def test_replicas_that_die_and_straggle_lose_nothing(tmp_path: Path) -> None:
     assert int(doubled) > 0
     assert "read: 800 rollout_ids, each once" in done.stdout
     assert (tmp_path / "scale.png").stat().st_size > 10_000
+
+
+def test_engines_are_kept_full_where_a_groups_longest_completion_is_many_times_its_median() -> None:
+    """On the simulated clock. Half of what they could make is what comes of giving them groups, and not completions."""
+    told = {"sizes": 0, "replicas": 8, "sequences": 32, "paper": 12_000, "median": 300, "deaths": 0, "slow": 0}
+    command = [sys.executable, "-m", "benchmarks.scale", *(f"--{name}={value}" for name, value in told.items())]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    (share,) = re.search(r"(\d+)% of what they could make", done.stdout).groups()  # type: ignore[union-attr]
+    assert int(share) > 65
