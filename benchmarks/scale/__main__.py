@@ -1,14 +1,14 @@
 """Does a rollout cost the same whether it is the first or the ten millionth? `python -m benchmarks.scale [options]`
 
-Simulated replicas (up to 256, in processes of their own, each with a real ShardWriter) fill one dataset, at some rate
-they die and others make their groups again; this process is the real driver, which lists what they record. Lengths are
-drawn from a log-normal distribution, or from a run's (--run), and are scaled down to --tokens, so that it is the
-store that is measured and not the disk. Each line of the table is a size that the one growing dataset passes:
+Simulated replicas (up to 256, in two processes, each with a real ShardWriter) fill a dataset of each of --sizes; at some
+rate they die and others make their groups again; the real driver lists what they record. Lengths are drawn from a
+log-normal distribution, or from a run's (--run), and are scaled down to --tokens, so that it is the store that is
+measured and not the disk. A line of the table is a dataset:
 
   seconds        wall-clock since the start, and `upkeep`: of those, in listing, records and manifest
   driver MiB     resident memory of the driver above what it had before the first record
 
-Then: that each rollout is there once, opening the dataset again, and judging the first so many of it.
+Then, of the largest: that each rollout is there once, opening it again, and judging the first so many of it.
 --paper N is N rollouts by the real scheduler on as many simulated replicas, on a clock of their own: they die at the
 rate at which machines do, some are slow, and they put records without shards. `driver CPU s` is without the simulation.
 """
@@ -25,6 +25,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -100,9 +101,15 @@ def table(title: str, marks: list[Mark]) -> None:
         )
 
 
-def fill(folder: Path, options: argparse.Namespace, load: Load) -> list[Mark]:
-    """The growing dataset, under load."""
-    groups = max(options.sizes) // options.samples
+def alone(function: Callable[..., list[Mark]], *arguments: object) -> list[Mark]:
+    """What it returns, called in a process of its own, whose memory is not that of what ran before."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def fill(folder: Path, size: int, options: argparse.Namespace, load: Load) -> list[Mark]:
+    """A dataset of so many rollouts, from its first record to its last."""
+    groups = size // options.samples
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     with RolloutWriter(folder, provenance(options.samples), samples=options.samples, shared=True) as writer:
@@ -114,7 +121,7 @@ def fill(folder: Path, options: argparse.Namespace, load: Load) -> list[Mark]:
         for one in sites:
             one.start()
         warm_up(folder.with_name("warm"), options.samples)
-        watch = Watch(options.sizes)
+        watch = Watch([groups * options.samples])
         while any(one.is_alive() for one in sites):
             writer.adopt()
             watch.look(writer._ledger, folder)
@@ -367,12 +374,15 @@ def main() -> None:
             str(place / "rollouts"), options.samples, options.shard_rows, options.slots, options.failures, lengths,
             options.tokens,
         )  # fmt: skip
-        measured = fill(place / "rollouts", options, load) if max(options.sizes) else []
+        measured = []
+        for size in sorted(filter(None, options.sizes)):
+            shutil.rmtree(place / "rollouts", ignore_errors=True)
+            measured += alone(fill, place / "rollouts", size, options, load)
         if measured:
             table("Shards and all", measured)
             after(place / "rollouts", options)
             judged(place / "rollouts", options)
-        on_paper = paper(place / "paper", options, lengths) if options.paper else []
+        on_paper = alone(paper, place / "paper", options, lengths) if options.paper else []
         if on_paper:
             table("Scheduler and ledger on simulated replicas, records without shards", on_paper)
         if options.marks:
