@@ -175,6 +175,8 @@ def _of_one_model_by_step(axis: Any, tables: Tables) -> None:
     for lag, dashes in ((32, "-"), (8, ":")):
         for name in ("oapl", "grpo"):
             one = table.filter((pl.col("lag") == lag) & (pl.col("variant") == name)).sort("step")
+            if one.is_empty():
+                continue
             label = f"{name}, lag {lag}"
             axis.plot(
                 one["step"], one["value"], color=_colour(name, ()), marker="o", markersize=4, ls=dashes, label=label
@@ -191,8 +193,13 @@ def _by_beta(axis: Any, tables: Tables) -> None:
         variant=pl.concat_str(pl.lit("beta1 "), told.struct.field("beta1")),
         beta2=told.struct.field("beta2").cast(pl.Float64),
     )
-    _lines(axis, betas.sort("variant"), "beta2", "lower left", "Held-out pass@1, one stored round of 64 steps", "beta2")
+    _lines(
+        axis, betas.sort("variant"), "beta2", "lower center", "Held-out pass@1, one stored round of 64 steps", "beta2"
+    )
     axis.set_xscale("log")
+    places = betas["beta2"].unique().sort().to_list()
+    axis.set_xticks(places, list(map(str, places)))
+    axis.minorticks_off()
 
 
 def _dots(table: str, title: str) -> Callable[[Any, Tables], None]:
@@ -208,6 +215,7 @@ def _dots(table: str, title: str) -> Callable[[Any, Tables], None]:
             )
             axis.plot([values.mean()] * 2, [place - 0.25, place + 0.25], color=INK, linewidth=1.8)
         axis.set_yticks(range(len(names)), names[::-1], fontsize=8)
+        axis.locator_params(axis="x", nbins=4)
         axis.set_xlabel("held-out pass@1", fontsize=8, color=FAINT)
         plain(axis, title)
 
@@ -243,10 +251,10 @@ PICTURES: dict[str, tuple[str, list[Callable[[Any, Tables], None]], tuple[str, .
     "choices": (
         "Lag 64: what stands for the behaviour policy, uniform groups, epochs and replay",
         [
-            _dots("behaviour-bfloat16", "Behaviour log-probabilities, bfloat16 engine"),
+            _dots("behaviour-bfloat16", "Behaviour, bfloat16 engine"),
             _dots("groups", "Groups without variance"),
-            _dots("epochs", "Epochs over one stored round"),
-            _dots("replay", "Rounds before it replayed"),
+            _dots("epochs", "Epochs"),
+            _dots("replay", "Older rounds replayed, lag 8"),
         ],
         ("behaviour-bfloat16", "groups", "epochs", "replay"),
     ),
