@@ -205,20 +205,26 @@ class Copy:
         self._reading = threading.Lock()
         folder.mkdir(parents=True, exist_ok=True)
 
-    def bring(self, wanted: Wanted, sums: Mapping[str, str] | None = None) -> set[str]:
+    def bring(self, wanted: Wanted, sums: Mapping[str, str] | None = None, below: str = "") -> set[str]:
         """Fetches those of the wanted files that are new or have changed there; returns those that are there.
 
-        `sums` are SHA-256s that they must have. Raises WorkError where the store refuses.
+        `sums` are SHA-256s that they must have. Where `wanted` tells of a name, only the folder `below` is listed.
+        Raises WorkError where the store refuses.
         """
         with told(self.url):
             if callable(wanted):
-                entries = [entry for entry in self._store.tree() if not _hidden(entry.name) and wanted(entry.name)]
+                there = self._store.tree(below)
+                entries = [entry for entry in there if not _hidden(entry.name) and wanted(entry.name)]
             else:
                 entries = list(self._there(wanted).values())
             changed = [entry.name for entry in entries if not self._is_here(entry)]
             with ThreadPoolExecutor(FILES_AT_ONCE) as threads:
                 list(threads.map(lambda name: self._bring(name, (sums or {}).get(name)), changed))
         return {entry.name for entry in entries}
+
+    def bring_folder(self, folder: str) -> None:
+        """All files in a folder of it, and in those below."""
+        self.bring(lambda name: True, below=folder)
 
     def _there(self, names: Sequence[str]) -> dict[str, Entry]:
         """Those of the files that are at the URL."""

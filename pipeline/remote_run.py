@@ -98,13 +98,12 @@ class RemoteRun:
 
     def bring_moments(self, snapshot_id: str) -> None:
         """The optimizer's state that was kept with a snapshot, if it was."""
-        folder = f"{self._name(self.run.snapshots)}/{MOMENTS}/{snapshot_id}/"
-        self._copy.bring(lambda name: name.startswith(folder))
+        self._copy.bring_folder(f"{self._name(self.run.snapshots)}/{MOMENTS}/{snapshot_id}")
 
     def bring_reference(self, rounds: Collection[int]) -> None:
         """The recomputed log-probabilities of rounds."""
-        folders = tuple(f"{self._name(self.run.reference(round))}/" for round in rounds)
-        self._copy.bring(lambda name: name.startswith(folders))
+        for round in rounds:
+            self._copy.bring_folder(self._name(self.run.reference(round)))
 
     def send(self, round: int | None = None) -> Sent:
         """Sends what was made here and is not at the URL yet; of a round's files those of this one, or of all.

@@ -30,8 +30,7 @@ def bring_moments(out: str, policy: Path, settings: Learning) -> None:
     Before the ranks meet: they would take a long download for a loss.
     """
     if local_path(out) is None and settings.keep_optimizer:
-        parent = snapshots.load_record(policy).snapshot_id
-        copy_of(out).bring(lambda name: name.startswith(f"{KEPT}/{parent}/"))
+        copy_of(out).bring_folder(f"{KEPT}/{snapshots.load_record(policy).snapshot_id}")
 
 
 def learn_for(out: str, work: Round) -> dict[str, Any]:

@@ -26,7 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +65,13 @@ class Mark:
 class Watch:
     """Takes a Mark at each size that is passed."""
 
-    def __init__(self, sizes: Iterable[int]) -> None:
-        self._left = sorted(sizes)
+    def __init__(self, sizes: Iterable[int], without: TimedCrew | None = None) -> None:
+        """`without`: what runs in this process and is no part of the driver."""
+        self._left, self._without = sorted(sizes), without
         self._began, self._cpu = time.perf_counter(), time.process_time()
         self._before = psutil.Process().memory_info().rss
         self._peak = self._before
         self.marks: list[Mark] = []
-        self.without: TimedCrew | None = None
-        """What runs in this process and is no part of the driver."""
 
     def look(self, ledger: Ledger, folder: Path) -> None:
         self._peak = max(self._peak, psutil.Process().memory_info().rss)
@@ -85,7 +84,7 @@ class Watch:
                     len(manifest.shards),
                     time.perf_counter() - self._began,
                     ledger.pace.spent,
-                    time.process_time() - self._cpu - (self.without.cpu if self.without else 0.0),
+                    time.process_time() - self._cpu - (self._without.cpu if self._without else 0.0),
                     (self._peak - self._before) / 2**20,
                     (folder / MANIFEST).stat().st_size,
                 )
@@ -167,7 +166,7 @@ def after(folder: Path, options: argparse.Namespace) -> None:
 def judged(folder: Path, options: argparse.Namespace) -> None:
     """The real scorer and math verifier on the first shards of the dataset, up to each size."""
     print("\nJudging\n  rollouts   seconds  rollouts/s  MiB above its start")
-    for size in sorted(options.sizes):
+    for size in options.sizes:
         part = _first(folder, size)
         rows = read_manifest(part).rows
         before = peak = psutil.Process().memory_info().rss
@@ -225,13 +224,10 @@ class PaperWriter:
     def __init__(self, ledger: Ledger, watch: Watch, folder: Path) -> None:
         self._ledger, self._watch, self._folder = ledger, watch, folder
         self.committed = ledger.committed
-        self.seconds = 0.0
 
     def adopt(self, *, now: bool = False) -> list[str]:
-        began = time.perf_counter()
         found = self._ledger.adopt(now=now)
         self._watch.look(self._ledger, self._folder)
-        self.seconds += time.perf_counter() - began
         return found
 
 
@@ -268,8 +264,8 @@ def paper(folder: Path, options: argparse.Namespace, lengths: tuple[int, ...]) -
 
     with place.lock():
         ledger = Ledger(place, origin, options.samples, True, rewrite)
-        watch, crew, count = Watch(powers(options.paper)), TimedCrew(told), Count()
-        watch.without = crew
+        crew, count = TimedCrew(told), Count()
+        watch = Watch(powers(options.paper), without=crew)
         writer = PaperWriter(ledger, watch, folder)
         settings = Generation(samples=options.samples, max_num_seqs=options.sequences)
         prompts = (Prompt(prompt_name(n), "math", "simulated", "train", (), None, None) for n in range(groups))
@@ -296,17 +292,8 @@ def powers(most: int) -> list[int]:
     return [size for exponent in exponents for size in (10**exponent, 3 * 10**exponent) if size < most] + [most]
 
 
-def joined(file: Path, measured: list[Mark], on_paper: list[Mark]) -> tuple[list[Mark], list[Mark]]:
-    """What this run measured, and of what it did not measure what the file has; the file has both afterwards."""
-    old = json.loads(file.read_text()) if file.exists() else {"measured": [], "on_paper": []}
-    measured = measured or [Mark(**mark) for mark in old["measured"]]
-    on_paper = on_paper or [Mark(**mark) for mark in old["on_paper"]]
-    file.write_text(json.dumps({"measured": [*map(asdict, measured)], "on_paper": [*map(asdict, on_paper)]}, indent=1))
-    return measured, on_paper
-
-
 def draw(out: Path, measured: list[Mark], on_paper: list[Mark]) -> None:
-    """Time, memory and manifest by rollouts; a line of slope one is what linear means."""
+    """Time, processor time and memory by rollouts; a line of slope one is what linear means."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -344,7 +331,7 @@ def draw(out: Path, measured: list[Mark], on_paper: list[Mark]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[10**4, 10**5, 10**6])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[10**4, 10**5, 10**6], help="0: none")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--replicas", type=int, default=256)
     parser.add_argument("--processes", type=int, default=2, help="that the replicas are spread over")
@@ -363,9 +350,9 @@ def main() -> None:
     parser.add_argument("--deaths", type=float, default=8 * INTERRUPTIONS, help="of a simulated replica in an hour")
     parser.add_argument("--slow", type=float, default=0.01, help="share of replicas that are six times as slow")
     parser.add_argument("--folder", type=Path, help="where to write, and leave, the dataset; else a temporary folder")
-    parser.add_argument("--marks", type=Path, help="JSON of what was measured, which several runs fill for one picture")
     parser.add_argument("--picture", type=Path, help="PNG to draw")
     options = parser.parse_args()
+    options.sizes = sorted(filter(None, options.sizes))
     lengths = lengths_of(options.run) if options.run else log_normal(options.median, options.sigma, options.longest)
     print(f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.2f} at the start; {asdict_of(options)}")
     place = options.folder or Path(tempfile.mkdtemp(prefix="oapl-scale-"))
@@ -375,7 +362,7 @@ def main() -> None:
             options.tokens,
         )  # fmt: skip
         measured = []
-        for size in sorted(filter(None, options.sizes)):
+        for size in options.sizes:
             shutil.rmtree(place / "rollouts", ignore_errors=True)
             measured += alone(fill, place / "rollouts", size, options, load)
         if measured:
@@ -385,8 +372,6 @@ def main() -> None:
         on_paper = alone(paper, place / "paper", options, lengths) if options.paper else []
         if on_paper:
             table("Scheduler and ledger on simulated replicas, records without shards", on_paper)
-        if options.marks:
-            measured, on_paper = joined(options.marks, measured, on_paper)
         if options.picture:
             draw(options.picture, measured, on_paper)
     finally:
@@ -395,4 +380,4 @@ def main() -> None:
 
 
 def asdict_of(options: argparse.Namespace) -> dict[str, Any]:
-    return {name: value for name, value in vars(options).items() if name not in ("folder", "picture", "marks")}
+    return {name: value for name, value in vars(options).items() if name not in ("folder", "picture")}

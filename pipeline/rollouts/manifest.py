@@ -53,7 +53,7 @@ class Provenance(Part):
 
 @dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid"))
 class Shard:
-    """One file of the dataset. Not a Part: there may be tens of thousands, and a model takes four times the memory."""
+    """One file of the dataset. Not a Part: there may be tens of thousands, and a model takes a kilobyte more."""
 
     file: str
     rows: int
