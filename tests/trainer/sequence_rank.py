@@ -12,6 +12,7 @@ import torch.distributed as dist
 from learning_parts import SMALL, TEXTS
 from test_packing import exact_logprobs, loss_and_gradients, our_logprobs, relative, some_examples
 
+from pipeline.ending import leave
 from trainer import packing, sequence
 from trainer.engine import ALONE
 from trainer.policy import make_model, make_tokenizer
@@ -77,6 +78,9 @@ def main() -> None:
     found["flex"] = (flex - sdpa).abs().max().item()
     found["bytes"] = [kept_bytes(ALONE), kept_bytes(team)]
     print(json.dumps(found))
+    # Both are done, and neither takes the process group down in order, which was seen to end with SIGABRT.
+    dist.barrier()
+    leave()
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=int(os.environ["RANK"]),
                         world_size=int(os.environ["WORLD_SIZE"]))
 deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+from pipeline.ending import leave
 from trainer import engine, logprobs
 from trainer.learner import learn
 # As with long sequences and large weights: several chunks of logits, not as many on each rank, and nothing that ZeRO-3
@@ -71,6 +72,8 @@ def deepspeed_config(settings):
 engine.deepspeed_config = deepspeed_config
 for work in pickle.loads(Path(sys.argv[1]).read_bytes()):
     learn(work)
+dist.barrier()
+leave()
 """
 
 

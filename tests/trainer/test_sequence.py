@@ -35,7 +35,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         for rank in range(2)
     ]
     told = [rank.communicate(timeout=240) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], told
+    codes = [rank.returncode for rank in ranks]
+    assert codes == [0, 0], "\n".join([str(codes), *(words[-2000:] for _, words in told)])
     return [json.loads(output) for output, _ in told]
 
 
