@@ -233,7 +233,7 @@ class Nightly(_Part):
     """When the schedule `nightly_retraining`, once it is turned on, opens the next round."""
 
     cron: str = "0 2 * * *"
-    """Minute, hour, day of the month, month, day of the week, in numbers."""
+    """Minute, hour, day of the month, month, day of the week; the last two also by name (jan, mon-fri)."""
     time_zone: str = "UTC"
     """A name of the IANA database, such as Europe/Berlin."""
 
@@ -243,7 +243,7 @@ class Nightly(_Part):
         if len(fields) != len(_CRON) or not all(
             _fits_cron(field, *bounds) for field, bounds in zip(fields, _CRON, strict=True)
         ):
-            raise ValueError(f"cron: expected five fields of numbers such as '0 2 * * *', not {self.cron!r}")
+            raise ValueError(f"cron: expected five fields such as '0 2 * * *' or '30 3 * * mon-fri', not {self.cron!r}")
         try:
             ZoneInfo(self.time_zone)
         except (ValueError, OSError, ZoneInfoNotFoundError):
@@ -251,14 +251,25 @@ class Nightly(_Part):
         return self
 
 
-_CRON = ((0, 59), (0, 23), (1, 31), (1, 12), (0, 7))
+_CRON: tuple[tuple[int, int, str], ...] = (
+    (0, 59, ""),
+    (0, 23, ""),
+    (1, 31, ""),
+    (1, 12, "jan feb mar apr may jun jul aug sep oct nov dec"),
+    (0, 7, "sun mon tue wed thu fri sat"),
+)
+"""The least, the greatest, and the names of a cron line's fields, counted from the least."""
 
 
-def _fits_cron(field: str, low: int, high: int) -> bool:
-    for part in field.split(","):
-        found = re.fullmatch(r"(?:\*|(\d+)(?:-(\d+))?)(?:/([1-9]\d*))?", part)
-        if found is None or not all(low <= int(number) <= high for number in found.groups()[:2] if number):
+def _fits_cron(field: str, low: int, high: int, names: str) -> bool:
+    numbers = {name: low + place for place, name in enumerate(names.split())}
+    for part in field.lower().split(","):
+        found = re.fullmatch(r"(?:\*|(\d+|[a-z]+)(?:-(\d+|[a-z]+))?)(?:/([1-9]\d*))?", part)
+        if found is None:
             return False
+        for end in filter(None, found.groups()[:2]):
+            if not (low <= int(end) <= high if end.isdigit() else end in numbers):
+                return False
     return True
 
 

@@ -75,7 +75,7 @@ class _Replica:
 class Crew:
     """See `pipeline.generation.fleet.Crew`. A call is its number, and what it comes to is worked out when it ends."""
 
-    needs = "room"
+    needs, place = "room", "machine"
 
     def __init__(self, told: Cluster) -> None:
         self._told = told

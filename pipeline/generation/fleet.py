@@ -47,6 +47,8 @@ class Crew(Protocol):
 
     needs: str
     """What a replica reserves, for an error's line."""
+    place: str
+    """Where replicas run, for the same."""
 
     def now(self) -> float:
         """Seconds on some clock."""
@@ -211,8 +213,8 @@ class Fleet:
         self._room = self._crew.room()
         asked = self._settings.replicas
         if not self._room and not asked and not self._begun:
-            needs = self._crew.needs
-            raise RequestError(f"no node of the Ray cluster has {needs} for a replica; see generation.replica_cpus")
+            place, needs = self._crew.place, self._crew.needs
+            raise RequestError(f"no {place} has {needs} for a replica; see generation.replica_cpus")
         unfinished = self._left + len(self._again) + len(self._owners)
         self._begun = True
         wanted = max(1, min(asked or self._room, unfinished) - self._fewer)

@@ -43,6 +43,8 @@ def generate_on_ray(
 class _Actors:
     """The Crew on Ray: a replica is an actor, a call the reference to its result."""
 
+    place = "node of the Ray cluster"
+
     def __init__(self, work: Work, start_engine: Callable[[], Engine], writer: RolloutWriter) -> None:
         self._told = work, start_engine, str(writer.folder), writer.manifest.provenance
         self._needs: dict[str, float] = {"CPU": work.settings.replica_cpus}

@@ -27,7 +27,8 @@ def test_each_named_recipe_is_valid_and_says_its_own_name(name: str) -> None:
         ("evaluation.samples=4", ["evaluation", "pass@16", "at least 16"]),
         ("policy.model=x", ["policy", "exactly one"]),
         ("name=a/b", ["name"]),
-        ("nightly.cron=0 25 * * *", ["nightly", "five fields of numbers", "0 25 * * *"]),
+        ("nightly.cron=0 25 * * *", ["nightly", "five fields", "0 25 * * *"]),
+        ("nightly.cron=0 2 * * jan", ["nightly", "five fields", "0 2 * * jan"]),
         ("nightly.cron=tonight", ["nightly", "five fields", "tonight"]),
         ("nightly.time_zone=Mars/Olympus", ["nightly", "no zone named 'Mars/Olympus'"]),
         ("rounds", ["rounds", "key.path=value"]),
@@ -43,7 +44,7 @@ def test_nonsense_is_refused_in_one_line_that_names_it(override: str, words: lis
     assert all(word in message for word in words), message
 
 
-@pytest.mark.parametrize("cron", ["30 3 * * 1-5", "*/15 0,12 1 1-6/2 *", "0 0 * * 7"])
+@pytest.mark.parametrize("cron", ["30 3 * * 1-5", "*/15 0,12 1 1-6/2 *", "0 0 * * 7", "30 3 * jan,JUN MON-Fri"])
 def test_a_schedule_is_any_cron_line(cron: str) -> None:
     recipe = load_recipe("tiny", [f"nightly.cron={cron!r}", "nightly.time_zone=Europe/Berlin"])
     assert (recipe.nightly.cron, recipe.nightly.time_zone) == (cron, "Europe/Berlin")
