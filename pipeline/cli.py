@@ -135,8 +135,7 @@ def verify(
 ) -> None:
     """Judge answers and programs. Needs no model."""
     settings = _settings(recipe, set or [])
-    from pipeline.remote import without_scheme
-    from pipeline.rollouts.places import is_url
+    from pipeline.rollouts.places import is_url, without_scheme
 
     file = without_scheme(file)
     if is_url(file) or Path(file).is_dir():
@@ -172,8 +171,9 @@ def train(
     settings = _settings(recipe, set or [])
     _require(policy)
 
-    from pipeline.remote import without_scheme, working_folder
     from pipeline.rollouts.locate import locate
+    from pipeline.rollouts.places import without_scheme
+    from pipeline.working_copy import working_folder
 
     found = locate(without_scheme(rollouts), round)
     if found.verdicts is None:
@@ -394,9 +394,9 @@ def _overrides(given: list[str] | None, **flags: int | None) -> list[str]:
 
 def _verify_rollouts(place: str, settings: Recipe) -> tuple[dict[str, int], str]:
     """Judges a folder's or a URL's rollouts; verdicts go beside them. Returns the statuses and where they went."""
-    from pipeline.remote import verdicts_copy
     from pipeline.rollouts.locate import locate
     from pipeline.rollouts.places import is_url
+    from pipeline.working_copy import verdicts_copy
 
     found = locate(place)
     copy = verdicts_copy(found)
@@ -414,7 +414,7 @@ def _judge_here(found: Located, settings: Recipe) -> tuple[dict[str, int], str]:
     """Verdicts for rollouts that have none yet, where `locate` finds them; nothing is sent to a URL."""
     import shutil
 
-    from pipeline.remote import verdicts_copy
+    from pipeline.working_copy import verdicts_copy
 
     copy, place = verdicts_copy(found), found.verdict_folder
     if copy is None:

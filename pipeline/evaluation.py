@@ -127,7 +127,8 @@ def evaluate_to(
 
     What is sent to a URL is made in the cache. Where sending it failed, the same call sends it and measures nothing.
     """
-    from pipeline.remote import copy_of, local_path
+    from pipeline.rollouts.places import local_path
+    from pipeline.working_copy import copy_of
 
     out = local_path(place)
     if out is not None:

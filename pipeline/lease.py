@@ -20,10 +20,10 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.errors import RequestError, WorkError
-from pipeline.remote import told
 from pipeline.rollouts import durable
 from pipeline.rollouts.objects import Objects
 from pipeline.rollouts.places import Overtaken
+from pipeline.working_copy import told
 
 LEASE = ".lease.json"
 EVERY = "OAPL_LEASE_S"

@@ -19,11 +19,11 @@ from pipeline import snapshots
 from pipeline.errors import WorkError
 from pipeline.layout import Run
 from pipeline.lease import Lease, holding
-from pipeline.remote import Copy, Sent, key_of, told
 from pipeline.rollouts.locate import ROLLOUTS, cache_folder
 from pipeline.rollouts.manifest import MANIFEST, read_manifest
 from pipeline.rollouts.mirror import SUMMARY, keep_origin
 from pipeline.rollouts.objects import Objects
+from pipeline.working_copy import Copy, Sent, key_of, told
 
 MOMENTS = ".optimizer"
 """Folder, beside the snapshots, where the learner keeps its optimizer's state."""

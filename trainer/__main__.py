@@ -127,9 +127,10 @@ def _learn(arguments: argparse.Namespace, backend: str) -> None:
 
     from pipeline.layout import Run
     from pipeline.recipe import load_recipe
-    from pipeline.remote import fetch_policy, working_folder
+    from pipeline.remote import fetch_policy
     from pipeline.rollouts.locate import locate
     from pipeline.rollouts.store import read_manifest
+    from pipeline.working_copy import working_folder
     from trainer import publishing
     from trainer.learner import Round
 

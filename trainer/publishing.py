@@ -14,10 +14,11 @@ import torch.distributed as dist
 from pipeline import snapshots
 from pipeline.errors import RequestError
 from pipeline.recipe import Learning
-from pipeline.remote import Copy, copy_of, local_path
 from pipeline.rollouts.durable import sha256_file
+from pipeline.rollouts.places import local_path
 from pipeline.rollouts.store import read_manifest
 from pipeline.rollouts.tables import verdict_files
+from pipeline.working_copy import Copy, copy_of
 from trainer.engine import KEPT
 from trainer.learner import Round, from_rank_0, learn
 

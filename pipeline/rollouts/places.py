@@ -82,15 +82,25 @@ def is_url(place: str | Path) -> bool:
     return "://" in str(place)
 
 
+def local_path(place: str | Path) -> Path | None:
+    """The path that a person gave, also as `file://`; None for what must be fetched."""
+    text = without_scheme(str(place))
+    return None if is_url(text) else Path(text)
+
+
+def without_scheme(place: str) -> str:
+    """The same, of `file://` the path."""
+    return place.removeprefix("file://")
+
+
 def place_of(folder: Path | str) -> Place:
     """The place that a folder's path or an fsspec URL names. Raises RequestError where nothing serves the URL."""
-    if str(folder).startswith("file://"):
-        return Folder(Path(str(folder).removeprefix("file://")))
-    if is_url(folder):
-        from pipeline.rollouts.objects import Objects
+    path = local_path(folder)
+    if path is not None:
+        return Folder(path)
+    from pipeline.rollouts.objects import Objects
 
-        return Objects(str(folder))
-    return Folder(Path(folder))
+    return Objects(str(folder))
 
 
 class Folder:

@@ -35,9 +35,8 @@ def test_a_second_machine_is_refused_while_the_first_lives(bucket: str, url: str
         lease.check()
         assert json.loads(Objects(url).read(LEASE))["machine"] is not None  # still held
     assert len(said) == 1 and said[0].endswith("was at work on this run; looking whether it still is")
-    began = time.monotonic()
     with holding(url, tmp_path / "two", said.append):
-        assert time.monotonic() - began < 0.5 and len(said) == 1  # it was given back, so nobody waits
+        assert len(said) == 1  # it was given back, so nobody waits
 
 
 def test_a_dead_machine_is_followed_and_a_late_one_stops(

@@ -21,10 +21,11 @@ from pipeline.generation.groups import Work
 from pipeline.generation.replica import Replica
 from pipeline.prompts import make_prompt
 from pipeline.recipe import load_recipe
-from pipeline.remote import Copy, fetch_policy, fetch_prompts, put_prompts
+from pipeline.remote import fetch_policy, fetch_prompts, put_prompts
 from pipeline.rollouts import objects
 from pipeline.rollouts.locate import locate
 from pipeline.rollouts.store import RolloutWriter
+from pipeline.working_copy import Copy
 
 sys.path.append(str(Path(__file__).parent / "rollouts"))
 from rollout_data import group, prompt_name, provenance
