@@ -8,6 +8,7 @@ from typing import Any
 
 import polars as pl
 
+from benchmarks.evidence.tables import by_completions
 from pipeline.comparison.pictures import MORE
 from pipeline.plots import COLOURS, FAINT, INK, plain
 
@@ -91,19 +92,7 @@ def _by_lag(task: str, metric: str, title: str) -> Callable[[Any, Tables], None]
 
 def _by_samples(axis: Any, tables: Tables) -> None:
     """Held-out pass@1 after so many completions were generated."""
-    table = tables["lags"].filter((pl.col("lag") <= 8) | (pl.col("variant") == "oapl-4-epochs"))
-    keys = ["variant", "lag", "seed"]
-    made = (
-        table.filter(pl.col("metric") == "samples")
-        .sort("step")
-        .with_columns(pl.col("value").cum_sum().over(keys).alias("completions"))
-    )
-    held = table.filter((pl.col("task") == "all") & (pl.col("metric") == "pass@1"))
-    both = held.filter(pl.col("round").is_not_null()).join(
-        made.select(*keys, "round", "completions"), on=[*keys, "round"]
-    )
-    start = held.filter(pl.col("round").is_null()).with_columns(completions=pl.lit(0.0))
-    named = pl.concat([start, both]).with_columns(variant=pl.format("{}, lag {}", "variant", "lag"))
+    named = by_completions(tables["lags"]).with_columns(variant=pl.format("{}, lag {}", "variant", "lag"))
     names = named["variant"].unique(maintain_order=True).to_list()
     for name in names:
         one = named.filter(pl.col("variant") == name)

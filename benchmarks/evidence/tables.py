@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import polars as pl
@@ -10,6 +11,8 @@ from pipeline.comparison.table import over_seeds, student
 
 STEPS_KEPT = 250
 """Rows of each curve by optimizer step: a longer one is thinned out, as it is drawn no finer."""
+TARGETS = (0.65, 0.7, 0.75)
+"""Held-out pass@1 for which the completions are counted."""
 
 
 def gather(compared: Path) -> dict[str, pl.DataFrame]:
@@ -47,6 +50,38 @@ def kept(folder: Path) -> dict[str, pl.DataFrame]:
     return found
 
 
+def by_completions(lags: pl.DataFrame) -> pl.DataFrame:
+    """Held-out pass@1 by the completions that were generated until then, of what is laid beside fresh samples.
+
+    Columns `variant, lag, seed, completions, value`; the start has none.
+    """
+    table = lags.filter((pl.col("lag") <= 8) | (pl.col("variant") == "oapl-4-epochs"))
+    keys = ["variant", "lag", "seed"]
+    made = table.filter(pl.col("metric") == "samples").sort("step")
+    made = made.select(*keys, "round", completions=pl.col("value").cum_sum().over(keys))
+    held = table.filter((pl.col("task") == "all") & (pl.col("metric") == "pass@1"))
+    start = held.filter(pl.col("round").is_null()).with_columns(completions=pl.lit(0.0))
+    both = held.filter(pl.col("round").is_not_null()).join(made, on=[*keys, "round"])
+    return pl.concat([part.select(*keys, "completions", "value") for part in (start, both)])
+
+
+def needed(curves: pl.DataFrame, target: float) -> pl.DataFrame:
+    """Completions until a curve of `by_completions` first reaches `target`, by straight lines between its points.
+
+    Columns `variant, lag, seed, completions`; null where it never does.
+    """
+    rows = []
+    for part in curves.sort("completions").partition_by("variant", "lag", "seed", maintain_order=True):
+        points, found = list(part.select("completions", "value").iter_rows()), None
+        for (before, low), (after, high) in pairwise(points):
+            if low < target <= high:
+                found = before + (after - before) * (target - low) / (high - low)
+                break
+        rows.append((*part.row(0)[:3], found))
+    names = {"variant": pl.String, "lag": pl.Int64, "seed": pl.Int64, "completions": pl.Float64}
+    return pl.DataFrame(rows, schema=names, orient="row")
+
+
 def summary(tables: dict[str, pl.DataFrame]) -> str:
     """Markdown: of each comparison where its variants ended, means over seeds with Student's interval."""
     parts = []
@@ -55,6 +90,8 @@ def summary(tables: dict[str, pl.DataFrame]) -> str:
         if name == "passk":
             parts += _of_passk(table)
             continue
+        if name == "lags":
+            parts += [*_of_needed(table), ""]
         means = over_seeds(table)
         rivals = sorted({metric for metric in means["metric"].to_list() if metric.startswith("against ")})
         ks = sorted({int(m.removeprefix("pass@")) for m in means["metric"].to_list() if m.startswith("pass@")})
@@ -64,6 +101,22 @@ def summary(tables: dict[str, pl.DataFrame]) -> str:
             cells = [_cell(part.filter(pl.col("metric") == metric)) for metric in metrics]
             parts.append(f"| {part['lag'][0]} | {part['variant'][0]} | {part['seeds'].max()} | {' | '.join(cells)} |")
     return "\n".join(parts)
+
+
+def _of_needed(lags: pl.DataFrame) -> list[str]:
+    curves = by_completions(lags)
+    cells: dict[tuple[str, int], list[str]] = {}
+    for target in TARGETS:
+        for (variant, lag), part in needed(curves, target).group_by("variant", "lag", maintain_order=True):
+            values = part["completions"].drop_nulls().to_list()
+            low, high = student(values)
+            cell = f"{sum(values) / len(values):,.0f}" if values else "–"
+            cell += f" [{max(0, low):,.0f}, {high:,.0f}]" if low is not None and high is not None else ""
+            missing = len(part) - len(values)
+            cells.setdefault((str(variant), int(str(lag))), []).append(cell + (f", {missing} never" if missing else ""))
+    lines = [f"| variant | lag | {' | '.join(f'until pass@1 {target:g}' for target in TARGETS)} |"]
+    lines.append(f"|{'---|' * (2 + len(TARGETS))}")
+    return lines + [f"| {variant} | {lag} | {' | '.join(told)} |" for (variant, lag), told in cells.items()]
 
 
 def _of_passk(table: pl.DataFrame) -> list[str]:
