@@ -151,12 +151,13 @@ def smollm2_settings() -> Iterator[Words]:
     Judged on the same held-out prompts, so they explain, and are no fair choice.
     """
     words = [
-        *arm("oapl-b0.03", "oapl", "beta2=0.03"),
         *arm("oapl-3e-5", "oapl", "learning_rate=3e-5"),
-        *arm("grpo-paper", "grpo", *PAPER),
         *arm("grpo-3e-6", "grpo", "learning_rate=3e-6", "clip_low=0.5", "clip_high=2.0"),
+        *arm("oapl-b0.03", "oapl", "beta2=0.03"),
+        *arm("grpo-paper", "grpo", *PAPER),
     ]
-    yield stored("smollm2_settings", "start-lag32-seed0", *words, of="smollm2", seeds="0")
+    few = ["--set", "evaluation.samples=8", "--set", "evaluation.ks=[1,4,8]"]
+    yield stored("smollm2_settings", "start-lag32-seed0", *words, *few, of="smollm2", seeds="0")
 
 
 EXPERIMENTS = {
