@@ -28,20 +28,19 @@ POLICIES = ("start", "oapl", "grpo")
 def run(names: list[str], jobs: int) -> None:
     """Runs the comparisons, and says the words of each, which can be given by hand as well.
 
-    `jobs` of them at a time, which share the cores; one that reads or writes what an earlier one writes waits for it.
+    `jobs` of them at a time, which share the cores; one that uses what an earlier one fills waits for it.
     """
     waiting = [words for name in names for words in experiments.EXPERIMENTS[name]()]
-    running: dict[Future[None], set[str]] = {}
+    running: dict[Future[None], list[str]] = {}
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} if jobs > 1 else {}
     with ThreadPoolExecutor(jobs) as pool:
         while waiting or running:
-            taken = set().union(*running.values())
+            before = list(running.values())
             for words in list(waiting):
-                touched = experiments.folders(words)
-                if len(running) < jobs and not touched & taken:
-                    running[pool.submit(_compare, words, threads)] = touched
+                if len(running) < jobs and not any(experiments.hinders(earlier, words) for earlier in before):
+                    running[pool.submit(_compare, words, threads)] = words
                     waiting.remove(words)
-                taken |= touched
+                before.append(words)
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for one in done:
                 del running[one]

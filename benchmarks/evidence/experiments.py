@@ -181,10 +181,17 @@ ALL = ("lags", "short_lag", "behaviour", "generations", "smollm2", "replay", "be
 """What `make evidence` runs; `quick`, and what settings were tried, are on their own."""
 
 
-def folders(words: Words) -> set[str]:
-    """The comparisons' folders that a call writes to or reads from."""
-    told = dict(pairwise(words))
-    places = {Path(told["--out"])}
-    if "--rollouts" in told:
-        places.add(Path(told["--rollouts"]).parents[1])
-    return {str(place) for place in places}
+def written(words: Words) -> Path:
+    """The comparison's folder that a call fills."""
+    return Path(dict(pairwise(words))["--out"])
+
+
+def read(words: Words) -> Path | None:
+    """The comparison's folder whose rollouts a call learns from."""
+    rollouts = dict(pairwise(words)).get("--rollouts")
+    return None if rollouts is None else Path(rollouts).parents[1]
+
+
+def hinders(earlier: Words, words: Words) -> bool:
+    """Whether a call must wait until an earlier one has ended: one of them fills a folder that the other one uses."""
+    return written(earlier) in (written(words), read(words)) or written(words) == read(earlier)

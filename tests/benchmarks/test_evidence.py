@@ -5,6 +5,7 @@ from __future__ import annotations
 import polars as pl
 import pytest
 
+from benchmarks.evidence import experiments
 from benchmarks.evidence.tables import by_completions, needed
 
 
@@ -33,3 +34,14 @@ def test_completions_until_a_target_is_reached() -> None:
     assert found[0.68] == pytest.approx([640, 460.8])
     assert found[0.75] == [pytest.approx(729.6), None]
     assert found[0.8] == [None, None]
+
+
+def test_comparisons_that_only_read_the_same_rollouts_do_not_wait_for_each_other() -> None:
+    (betas,), (groups,), (replay,) = (
+        list(made()) for made in (experiments.betas, experiments.groups, experiments.replay)
+    )
+    lag_64, lag_400, _ = experiments.lags()
+    assert not experiments.hinders(betas, groups)
+    assert experiments.hinders(lag_64, lag_400)  # one folder, one at a time
+    assert experiments.hinders(lag_64, betas) and experiments.hinders(betas, lag_64)
+    assert not experiments.hinders(lag_64, replay)
