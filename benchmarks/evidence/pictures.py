@@ -13,7 +13,7 @@ from pipeline.comparison.pictures import MORE
 from pipeline.plots import COLOURS, FAINT, INK, plain
 
 PIXELS, WIDTH = 1300, 11.5
-SHOWN = ("oapl", "grpo", "grpo-paper")
+SHOWN = ("oapl", "grpo", "grpo-wider", "grpo-paper")
 """grpo-truncated lies on grpo where engine and trainer agree."""
 Tables = dict[str, pl.DataFrame]
 
