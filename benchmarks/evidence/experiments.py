@@ -153,7 +153,7 @@ def smollm2() -> Iterator[Words]:
 
 
 def smollm2_settings() -> Iterator[Words]:
-    """Why the two differ on SmolLM2: the same stored round under two more settings of each.
+    """Why the two differ on SmolLM2: the same stored round under other settings of each.
 
     Judged on the same held-out prompts, so they explain, and are no fair choice.
     """
@@ -161,7 +161,6 @@ def smollm2_settings() -> Iterator[Words]:
         *arm("oapl-3e-5", "oapl", "learning_rate=3e-5"),
         *arm("grpo-3e-6", "grpo", "learning_rate=3e-6", "clip_low=0.5", "clip_high=2.0"),
         *arm("oapl-b0.03", "oapl", "beta2=0.03"),
-        *arm("grpo-paper", "grpo", *PAPER),
     ]
     few = ["--set", "evaluation.samples=8", "--set", "evaluation.ks=[1,4,8]"]
     yield stored("smollm2_settings", "start-lag32-seed0", *words, *few, of="smollm2", seeds="0")
