@@ -108,12 +108,14 @@ def _of_needed(lags: pl.DataFrame) -> list[str]:
     cells: dict[tuple[str, int], list[str]] = {}
     for target in TARGETS:
         for (variant, lag), part in needed(curves, target).group_by("variant", "lag", maintain_order=True):
-            values = part["completions"].drop_nulls().to_list()
-            low, high = student(values)
-            cell = f"{sum(values) / len(values):,.0f}" if values else "–"
-            cell += f" [{max(0, low):,.0f}, {high:,.0f}]" if low is not None and high is not None else ""
-            missing = len(part) - len(values)
-            cells.setdefault((str(variant), int(str(lag))), []).append(cell + (f", {missing} never" if missing else ""))
+            values = part["completions"].to_list()
+            if None in values:  # a mean over those that get there would flatter
+                cell = ", ".join("never" if value is None else f"{value:,.0f}" for value in values)
+            else:
+                low, high = student(values)
+                cell = f"{sum(values) / len(values):,.0f}"
+                cell += f" [{max(0, low):,.0f}, {high:,.0f}]" if low is not None and high is not None else ""
+            cells.setdefault((str(variant), int(str(lag))), []).append(cell)
     lines = [f"| variant | lag | {' | '.join(f'until pass@1 {target:g}' for target in TARGETS)} |"]
     lines.append(f"|{'---|' * (2 + len(TARGETS))}")
     return lines + [f"| {variant} | {lag} | {' | '.join(told)} |" for (variant, lag), told in cells.items()]
