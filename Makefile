@@ -32,7 +32,7 @@ demo-smollm2: setup data/smollm2/prompts.jsonl
 	@$(BIN)/oapl run --recipe smollm2
 
 data/smollm2/prompts.jsonl: | setup
-	@$(BIN)/python -m pipeline.smollm2 --out data/smollm2
+	@$(BIN)/python -m pipeline.policies.smollm2 --out data/smollm2
 
 test: setup
 	$(BIN)/python -m pytest -m "not system"

@@ -13,9 +13,9 @@ import dagster as dg
 
 from assets.jobs import whole_round
 from assets.rounds import CHOSEN, PARTITION, RECIPE, RUN_NAME, open_rounds, rounds, unfinished
-from pipeline import snapshots
 from pipeline.layout import Run, round_key
-from pipeline.report import read_stages
+from pipeline.policies import snapshots
+from pipeline.runs.stages import read_stages
 
 WEBHOOK = "OAPL_WEBHOOK"
 WEBHOOK_TIMEOUT_S = 10

@@ -14,11 +14,11 @@ from typing import Any
 import dagster as dg
 
 from assets.rounds import asset_key
-from pipeline.evaluation import Evaluation
+from pipeline.evaluation.pass_at_k import Evaluation
 from pipeline.rollouts.locate import Located
 from pipeline.rollouts.statistics import Statistics
 from pipeline.rollouts.store import Manifest
-from pipeline.scoring import ScoringSummary
+from pipeline.scoring.score import ScoringSummary
 
 SHOWN = 5
 """Problems that a check's metadata lists."""
@@ -73,7 +73,7 @@ def _result(asset: str, name: str, problems: Sequence[str], **metadata: Any) -> 
 
 def flaws_of_rollouts(place: Located, manifest: Manifest, prompts: Path) -> list[str]:
     """The first few things that are wrong with the shards; empty when they can be read and are whole."""
-    from pipeline.prompts import iter_prompts
+    from pipeline.prompts.files import iter_prompts
     from pipeline.rollouts.validate import validate
 
     problems = [str(problem) for problem in islice(validate(place), SHOWN)]
@@ -114,7 +114,7 @@ def of_verdicts(folder: Path, summary: ScoringSummary, numbers: Statistics) -> l
 
 def _reward_problems(folder: Path) -> Iterator[str]:
     from pipeline.rollouts.schema import UNSCORABLE
-    from pipeline.scoring import read_verdicts
+    from pipeline.scoring.score import read_verdicts
 
     for batch in read_verdicts(folder):
         rows = zip(*(batch[name].to_pylist() for name in ("rollout_id", "status", "reward")), strict=True)
@@ -128,7 +128,7 @@ def _reward_problems(folder: Path) -> Iterator[str]:
 def of_policy(
     folder: Path, parent: Path, summary: dict[str, Any], last: dict[str, Any], bound: float
 ) -> list[dg.AssetCheckResult]:
-    from pipeline.weights import compare
+    from pipeline.policies.weights import compare
 
     gap = summary["logprob_gap"]
     # Written so that NaN fails, too.

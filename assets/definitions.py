@@ -13,7 +13,7 @@ from assets.prompt_set import prompt_set
 from assets.rollout_dataset import rollout_dataset
 from assets.rollouts import rollouts
 from assets.rounds import CHOSEN
-from assets.terminal import terminal
+from assets.running.terminal import terminal
 from assets.trained_policy import trained_policy
 from assets.verdicts import verdicts
 

@@ -8,8 +8,9 @@ from assets.metadata import Made, snapshot_link
 from assets.prompt_set import prompt_set
 from assets.resources import RunFolder, Step, step
 from assets.rounds import GROUP, PREFIX, asset_key, rounds
-from pipeline import snapshots
-from pipeline.report import START
+from pipeline.policies import snapshots
+from pipeline.policies.fetch import find_policy
+from pipeline.runs.stages import START
 
 
 # No prompt is read here. But a backfill makes what depends on nothing first, for all rounds, in runs of its own: round
@@ -57,4 +58,4 @@ def _start(work: Step) -> None:
             work.start(START, "trainer.cold_start", words)
         else:
             assert work.recipe.policy.model is not None
-            snapshots.adopt(work.recipe.policy.model, work.run.snapshots)
+            snapshots.adopt(find_policy(work.recipe.policy.model), work.run.snapshots)

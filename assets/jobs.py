@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dagster as dg
 
-from assets.instance import IN_ORDER, TWO_AT_ONCE
 from assets.rounds import RECIPE, RUN_NAME, TAGS, asset_key
+from assets.running.instance import IN_ORDER, TWO_AT_ONCE
 
 LIMITED = TAGS | {TWO_AT_ONCE if RECIPE.lag_rounds else IN_ORDER: RUN_NAME}
 """A round that lags is generated while the one before is learned; any other waits for it."""

@@ -91,8 +91,8 @@ def _cell(text: str) -> str:
 
 def samples(run_path: Path, round: int, groups: int = 3, each: int = 3) -> dg.MarkdownMetadataValue:
     """Completions of a few groups drawn at random, with their verdicts."""
-    from pipeline.rollouts.inspect import sample_groups
     from pipeline.rollouts.locate import locate
+    from pipeline.sharing.inspect import sample_groups
 
     rows = []
     for group in sample_groups(locate(run_path, round), groups, seed=round):

@@ -4,16 +4,17 @@ import dagster as dg
 
 from assets import checks
 from assets.config import EvaluationConfig
-from assets.instance import ENGINE_POOL
 from assets.metadata import Made, picture, table, tidy
 from assets.prompt_set import prompt_set
 from assets.resources import RunFolder, Step, step
 from assets.rounds import GROUP, PREFIX, rounds
+from assets.running.instance import ENGINE_POOL
 from assets.trained_policy import trained_policy
-from pipeline import snapshots
 from pipeline.errors import RequestError
-from pipeline.evaluation import Evaluation, read_evaluation
-from pipeline.report import START_EVALUATION, read_stages, write_report
+from pipeline.evaluation.pass_at_k import Evaluation, read_evaluation
+from pipeline.evaluation.report import write_report
+from pipeline.policies import snapshots
+from pipeline.runs.stages import START_EVALUATION, read_stages
 
 STAGE = "evaluate"
 

@@ -20,8 +20,9 @@ def prompt_set(context: dg.AssetExecutionContext, run_folder: RunFolder) -> Made
     the recipe: the embedded tasks, or a JSONL or Parquet file. Made once; the rounds take their prompts from it in
     a seeded shuffle without end.
     """
-    from pipeline.prompts import build_prompt_set, iter_prompts
-    from pipeline.rollouts.durable import sha256_file
+    from pipeline.prompts.files import iter_prompts
+    from pipeline.prompts.sets import build_prompt_set
+    from pipeline.storage.durable import sha256_file
 
     with step(context, run_folder) as work:
         if not work.run.prompts.exists():

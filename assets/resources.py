@@ -16,15 +16,15 @@ from pydantic import ValidationError
 
 from assets.config import CONFIGS, StepConfig
 from assets.rounds import PREFIX, TAGS, round_of
-from assets.settings import Chosen
-from assets.supervisor import ChildFailed, run_child
+from assets.running.settings import Chosen
+from assets.running.supervisor import ChildFailed, run_child
 from pipeline.errors import OaplError, RequestError
 from pipeline.layout import Run
 from pipeline.recipe import Recipe, load_recipe
-from pipeline.report import note_stage
+from pipeline.runs.stages import note_stage
 
 if TYPE_CHECKING:
-    from pipeline.remote_run import RemoteRun
+    from pipeline.runs.at_url import RemoteRun
 
 MOST_RETRIES = 1
 FIRST_WAIT_S = 5.0

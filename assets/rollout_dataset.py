@@ -23,8 +23,8 @@ def rollout_dataset(context: dg.AssetExecutionContext, run_folder: RunFolder) ->
     `verdicts`, copied byte by byte; the card and the numbers come from what was recorded.
     """
     from pipeline.rollouts.locate import locate
-    from pipeline.rollouts.sharing import export_dataset
     from pipeline.rollouts.store import read_manifest
+    from pipeline.sharing.package import export_dataset
 
     with step(context, run_folder) as work:
         out = work.run.dataset(work.round)

@@ -7,13 +7,13 @@ import dagster as dg
 from assets import checks
 from assets.config import RolloutsConfig
 from assets.frozen_policy import frozen_policy
-from assets.instance import ENGINE_POOL
 from assets.metadata import Made, column_schema, lineage, tidy
 from assets.prompt_set import prompt_set
 from assets.resources import RunFolder, Step, step
 from assets.rounds import GROUP, PREFIX, asset_key, rounds
-from pipeline import snapshots
-from pipeline.report import read_stages
+from assets.running.instance import ENGINE_POOL
+from pipeline.policies import snapshots
+from pipeline.runs.stages import read_stages
 
 STAGE = "generate"
 
@@ -43,7 +43,8 @@ def rollouts(context: dg.AssetExecutionContext, run_folder: RunFolder, config: R
 
 
 def _take_prompts(work: Step) -> None:
-    from pipeline.prompts import round_prompts, write_prompts
+    from pipeline.prompts.files import write_prompts
+    from pipeline.prompts.sets import round_prompts
 
     place = work.run.round_prompts(work.round)
     taken = round_prompts(work.run.prompts, work.round, work.recipe.prompts.per_round, work.recipe.seed)

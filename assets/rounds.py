@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import dagster as dg
 
-from assets.settings import DEFAULT_RUN, chosen, partitions_name
+from assets.running.settings import DEFAULT_RUN, chosen, partitions_name
 from pipeline.errors import RequestError
 from pipeline.layout import round_key
 

@@ -8,14 +8,14 @@ import dagster as dg
 from assets import checks
 from assets.config import LearningConfig
 from assets.frozen_policy import frozen_policy
-from assets.instance import LEARNER_POOL
 from assets.learning_curve import LABELS, LearningCurve, Observe
 from assets.metadata import Made, snapshot_link, tidy
 from assets.resources import RunFolder, Step, step
 from assets.rounds import GROUP, PREFIX, open_rounds, rounds, unfinished
+from assets.running.instance import LEARNER_POOL
 from assets.verdicts import verdicts
-from pipeline import snapshots
-from pipeline.report import read_stages
+from pipeline.policies import snapshots
+from pipeline.runs.stages import read_stages
 
 STAGE = "learn"
 WAIT_S, WAITS = 10, 1 << 20
@@ -59,7 +59,7 @@ def _let_the_round_before_end(work: Step) -> None:
 def _inputs(work: Step) -> dict[str, Any]:
     """What the snapshot is made from; the same again makes nothing new."""
     from pipeline.rollouts.store import read_manifest
-    from pipeline.scoring import read_summary
+    from pipeline.scoring.score import read_summary
 
     summary = read_summary(work.run.verdicts(work.round))
     return {

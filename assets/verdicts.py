@@ -12,8 +12,8 @@ from assets.prompt_set import prompt_set
 from assets.resources import RunFolder, Step, step
 from assets.rollouts import rollouts
 from assets.rounds import GROUP, PREFIX, asset_key, rounds
-from pipeline.report import read_stages
-from pipeline.scoring import ScoringSummary
+from pipeline.runs.stages import read_stages
+from pipeline.scoring.score import ScoringSummary
 
 STAGE = "verify"
 SAY_EVERY_S = 5.0
@@ -35,7 +35,7 @@ def verdicts(context: dg.AssetExecutionContext, run_folder: RunFolder, config: V
     against the answers and tests of `prompt_set` by math-verify and by programs run in a sandbox. Judging again
     with a newer verifier adds a file and leaves the rollouts as they are.
     """
-    from pipeline.scoring import score
+    from pipeline.scoring.score import score
 
     with step(context, run_folder, config) as work:
         with work.timed(STAGE):

@@ -24,7 +24,8 @@ def random_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Qwen3 of some thousand weights with the embedded tokenizer, untrained: `snapshots/<id>`."""
     import torch
 
-    from pipeline import snapshots, tiny
+    from pipeline.policies import snapshots
+    from pipeline.prompts import tiny
     from pipeline.recipe import ColdStart
     from trainer.policy import make_model, make_tokenizer
 
@@ -117,7 +118,7 @@ def proxy(s3: str) -> Iterator[FaultyProxy]:
 @pytest.fixture
 def bucket(proxy: FaultyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """URL of a folder that is this test's own, reached through the proxy."""
-    from pipeline.rollouts import objects
+    from pipeline.storage import objects
 
     monkeypatch.setenv("OAPL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(objects, "PAUSE_S", 0.01)

@@ -37,10 +37,10 @@ def _arguments() -> argparse.Namespace:
 
 def main() -> None:
     try:
-        from pipeline import snapshots
+        from pipeline.policies import snapshots
+        from pipeline.policies.fetch import fetch_policy
         from pipeline.recipe import load_recipe
-        from pipeline.remote import fetch_policy
-        from pipeline.rollouts.locate import locate
+        from pipeline.sharing.bring import bring
 
         arguments = _arguments()
         ranks = load_recipe(arguments.recipe).learning.ranks
@@ -48,7 +48,7 @@ def main() -> None:
         snapshots.load_record(fetch_policy(arguments.policy))
         if arguments.behaviour_policy is not None:
             snapshots.load_record(fetch_policy(arguments.behaviour_policy))
-        locate(arguments.rollouts, arguments.round)
+        bring(arguments.rollouts, arguments.round)
         if "RANK" in os.environ or ranks == 1:
             _be_a_rank(arguments)
         else:
@@ -126,18 +126,18 @@ def _learn(arguments: argparse.Namespace, backend: str) -> None:
     import torch.distributed as dist
 
     from pipeline.layout import Run
+    from pipeline.policies.fetch import fetch_policy
     from pipeline.recipe import load_recipe
-    from pipeline.remote import fetch_policy
-    from pipeline.rollouts.locate import locate
     from pipeline.rollouts.store import read_manifest
-    from pipeline.working_copy import working_folder
+    from pipeline.sharing.bring import bring
+    from pipeline.storage.working_copy import working_folder
     from trainer import publishing
-    from trainer.learner import Round
+    from trainer.work import Round
 
     recipe, policy = load_recipe(arguments.recipe), fetch_policy(arguments.policy)
     publishing.bring_moments(arguments.out, policy, recipe.learning)
     deepspeed.init_distributed(backend, verbose=False)
-    data = locate(arguments.rollouts, arguments.round)
+    data = bring(arguments.rollouts, arguments.round)
     number = data.round if data.round is not None else read_manifest(data.rollouts).provenance.round
     run = Run(data.root.parent.parent, data.root.name)
     out = working_folder(arguments.out)

@@ -15,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 from pipeline.recipe import Learning
-from pipeline.rollouts import durable
+from pipeline.storage import durable
 from trainer import engine as engines
 
 POSITION = "position.json"

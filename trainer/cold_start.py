@@ -17,8 +17,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from pipeline import snapshots, tiny
+from pipeline.policies import snapshots
 from pipeline.progress import Progress
+from pipeline.prompts import tiny
 from pipeline.recipe import ColdStart, Recipe, load_recipe
 from trainer.policy import make_model, make_tokenizer
 

@@ -11,12 +11,14 @@ import torch
 import torch.distributed as dist
 
 from pipeline.errors import RequestError
+from pipeline.policies.snapshots import MOMENTS, SHARING
 from pipeline.recipe import Learning, Recipe
-from pipeline.rollouts import durable
-from trainer import adapters, packing, sequence
-from trainer.batches import Pass
+from pipeline.storage import durable
+from trainer import adapters, sequence
+from trainer.attention import register
 from trainer.logprobs import with_entropy
 from trainer.packing import Layout
+from trainer.passes import Pass
 from trainer.policy import load_policy
 from trainer.sequence import Share, Team
 
@@ -42,7 +44,7 @@ class Scored(torch.nn.Module):
         sources: torch.Tensor,
         targets: torch.Tensor,
     ) -> torch.Tensor:
-        """The tensors of a `batches.Pass` -> log-probabilities [completion tokens], float32.
+        """The tensors of a `passes.Pass` -> log-probabilities [completion tokens], float32.
 
         Packed, a team's ranks each compute their share of the stream; each of them gets all log-probabilities.
         """
@@ -115,7 +117,7 @@ def start(recipe: Recipe, policy: Path, temperature: float, team: Team) -> Any:
 
     torch.manual_seed(recipe.seed)
     settings = recipe.learning
-    attention = packing.register(settings.attention) if settings.packing else settings.attention
+    attention = register(settings.attention) if settings.packing else settings.attention
     dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
     model = load_policy(policy, dtype, attention)
     _refuse_scaled_logits(model.config, policy)
@@ -159,11 +161,6 @@ def gathered(engine: Any, settings: Learning) -> dict[str, torch.Tensor]:
     return state
 
 
-KEPT = ".optimizer"
-"""Folder, beside the snapshots, of Adam's moments between rounds: one folder a snapshot, only the newest is kept."""
-SHARING = "sharing.json"
-
-
 def _sharing(settings: Learning) -> dict[str, Any]:
     """What must be the same for DeepSpeed to read back what it wrote."""
     return {"ranks": dist.get_world_size(), "zero_stage": settings.zero_stage, "dtype": settings.dtype}
@@ -175,7 +172,7 @@ def load_moments(engine: Any, out: Path, snapshot_id: str, settings: Learning) -
     Snapshot and moments were written together, master weights among them; loading them changes no weight. Raises
     RequestError where they were shared among the ranks in another way.
     """
-    folder = out / KEPT / snapshot_id
+    folder = out / MOMENTS / snapshot_id
     if not settings.keep_optimizer or settings.lora_rank or not folder.is_dir():
         return False
     record = folder / SHARING
@@ -193,7 +190,7 @@ def keep_moments(engine: Any, out: Path, snapshot_id: str, parent: str, settings
     """Keeps the optimizer's state for the next round, whole or not at all; older ones than the parent's are deleted."""
     if not settings.keep_optimizer or settings.lora_rank:
         return
-    folder = out / KEPT
+    folder = out / MOMENTS
     save_state(engine, folder, ".partial", settings)
     if dist.get_rank() == 0:
         (folder / ".partial" / SHARING).write_text(json.dumps(_sharing(settings)), encoding="utf-8")

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer.batches import Pass
+from trainer.passes import Pass
 
 
 class Gap:

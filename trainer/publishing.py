@@ -6,23 +6,27 @@ import hashlib
 import json
 import os
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from pipeline import snapshots
 from pipeline.errors import RequestError
+from pipeline.policies import snapshots
 from pipeline.recipe import Learning
-from pipeline.rollouts.durable import sha256_file
-from pipeline.rollouts.places import local_path
 from pipeline.rollouts.store import read_manifest
 from pipeline.rollouts.tables import verdict_files
-from pipeline.working_copy import Copy, copy_of
-from trainer.engine import KEPT
-from trainer.learner import Round, from_rank_0, learn
+from pipeline.storage.durable import sha256_file
+from pipeline.storage.places import local_path
+from pipeline.storage.working_copy import Copy, copy_of
+from trainer.learner import learn
+from trainer.ranks import from_rank_0
+from trainer.work import Round
 
 SNAPSHOT = "snapshot"
+MARKS = replace(snapshots.MARKS, records=(*snapshots.MARKS.records, "learning*.json"))
+"""Of what a round of learning leaves below `--out`."""
 
 
 def bring_moments(out: str, policy: Path, settings: Learning) -> None:
@@ -31,7 +35,7 @@ def bring_moments(out: str, policy: Path, settings: Learning) -> None:
     Before the ranks meet: they would take a long download for a loss.
     """
     if local_path(out) is None and settings.keep_optimizer:
-        copy_of(out).bring_folder(f"{KEPT}/{snapshots.load_record(policy).snapshot_id}")
+        copy_of(out, MARKS).bring_folder(f"{snapshots.MOMENTS}/{snapshots.load_record(policy).snapshot_id}")
 
 
 def learn_for(out: str, work: Round) -> dict[str, Any]:
@@ -42,7 +46,7 @@ def learn_for(out: str, work: Round) -> dict[str, Any]:
     """
     if local_path(out) is not None:
         return learn(work)
-    copy = copy_of(out)
+    copy = copy_of(out, MARKS)
     _refuse_apart(copy.folder)
     task, learned = from_rank_0(lambda: _learned(copy, work))
     if learned is not None:
@@ -57,8 +61,8 @@ def send(out: str, snapshot_id: str) -> None:
     """Sends what the round made to `out`, where that is a URL. Raises WorkError where the store refuses."""
     if local_path(out) is not None:
         return
-    copy = copy_of(out)
-    made = (f"{snapshot_id}/", f"{KEPT}/{snapshot_id}/", "learning.", "learning/")
+    copy = copy_of(out, MARKS)
+    made = (f"{snapshot_id}/", f"{snapshots.MOMENTS}/{snapshot_id}/", "learning.", "learning/")
     copy.send(lambda name: name.startswith(made))
     copy.release(SNAPSHOT)
 

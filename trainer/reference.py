@@ -26,9 +26,11 @@ import torch.distributed as dist
 
 from pipeline.progress import Progress
 from pipeline.recipe import Learning
-from pipeline.rollouts import durable
-from trainer.batches import Block, Example, Floats, Pass, Sizes, collate, micro_batches
+from pipeline.storage import durable
+from trainer.batches import micro_batches
+from trainer.passes import Pass, collate
 from trainer.sequence import Team
+from trainer.view import Block, Example, Floats, Sizes
 
 RECORD = "reference.json"
 SCHEMA = pa.schema(

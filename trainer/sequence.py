@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,9 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.errors import RequestError
-
-if TYPE_CHECKING:
-    from trainer.packing import Kernel, Layout
+from trainer.packing import Kernel, Layout
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,8 +57,8 @@ def _compare(words: list[str], environment: dict[str, str]) -> None:
 
 def passk(seeds: list[int], lag: int) -> None:
     """pass@k for k up to 256 of the start and of what each loss made of it; what is there is not done again."""
-    from pipeline import snapshots
     from pipeline.layout import Run
+    from pipeline.policies import snapshots
 
     for seed in seeds:
         prompts = Run(COMPARED / "lags", f"start-lag{lag}-seed{seed}").prompts

@@ -10,7 +10,7 @@ import polars as pl
 
 from benchmarks.evidence.tables import by_completions
 from pipeline.comparison.pictures import MORE
-from pipeline.plots import COLOURS, FAINT, INK, plain
+from pipeline.evaluation.plots import COLOURS, FAINT, INK, plain
 
 PIXELS, WIDTH = 1300, 11.5
 SHOWN = ("oapl", "grpo", "grpo-wider", "grpo-paper")

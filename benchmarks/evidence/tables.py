@@ -29,7 +29,7 @@ def gather(compared: Path) -> dict[str, pl.DataFrame]:
 
 
 def _passk(place: Path) -> list[dict[str, object]]:
-    from pipeline.evaluation import read_evaluation
+    from pipeline.evaluation.pass_at_k import read_evaluation
 
     name, lag, seed = place.stem.rsplit("-", 2)
     known = {"variant": name, "lag": int(lag.removeprefix("lag")), "seed": int(seed.removeprefix("seed"))}

@@ -36,12 +36,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer import packing
-from trainer.batches import Example, Sizes, collate, micro_batches
+from trainer.attention import register
+from trainer.batches import micro_batches
 from trainer.engine import Scored
 from trainer.insight import Work, matmul_flops
 from trainer.logprobs import token_logprobs
+from trainer.passes import collate
 from trainer.policy import load_policy
+from trainer.view import Example, Sizes
 
 TEMPERATURE, BETA2 = 1.0, 0.05
 BUDGET = 4096
@@ -170,7 +172,7 @@ def policy_of(name: str, attention: str) -> Any:
 
 
 def step(arguments: argparse.Namespace) -> None:
-    packed = policy_of(arguments.policy, packing.register("sdpa"))
+    packed = policy_of(arguments.policy, register("sdpa"))
     plain = policy_of(arguments.policy, "sdpa")
     peak = matmul_flops(torch.device("cpu"), clock=clock)
     vocabulary = min(packed.config.vocab_size, 40_000)
@@ -233,7 +235,7 @@ def precision(arguments: argparse.Namespace) -> None:
     lengths = [len(part) for part in wanted]
     gradient = {name: value.grad for name, value in exact.named_parameters()}
     for dtype in (torch.float32, torch.bfloat16):
-        model = load_policy(Path(arguments.policy), dtype, packing.register("sdpa")).train()
+        model = load_policy(Path(arguments.policy), dtype, register("sdpa")).train()
         taken = collate(examples, groups, 0, "sdpa")
         chosen = Scored(model, TEMPERATURE)(taken.ids, taken.positions, taken.layout, taken.sources, taken.targets)
         logprobs = torch.zeros(taken.mask.shape).masked_scatter(taken.mask, chosen.float())
@@ -272,7 +274,7 @@ KINDS = {
 def profile(arguments: argparse.Namespace) -> None:
     """Shares of the processor seconds of one packed forward and backward pass."""
     examples, groups = batch_of_run(arguments.run, arguments.sequences)
-    model = policy_of(arguments.policy, packing.register("sdpa"))
+    model = policy_of(arguments.policy, register("sdpa"))
     ours(model, examples, groups)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
         ours(model, examples, groups)

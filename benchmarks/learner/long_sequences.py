@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from pipeline import snapshots
+from pipeline.policies import snapshots
 from pipeline.recipe import ColdStart
 from pipeline.rollouts.schema import VERDICTS, Rollout, rollout_id
 from pipeline.rollouts.store import Provenance, RolloutWriter

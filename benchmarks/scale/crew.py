@@ -19,7 +19,7 @@ from typing import Any
 
 from pipeline.generation.fleet import Lost
 from pipeline.generation.replica import Report, longest_unsafe
-from pipeline.prompts import Prompt
+from pipeline.prompts.files import Prompt
 from pipeline.rollouts.ledger import COMMITS, Record
 from pipeline.rollouts.manifest import Shard
 

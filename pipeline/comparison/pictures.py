@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.comparison.table import TRAIN
-from pipeline.plots import COLOURS, FAINT, INK, WIDTH, plain, smoothed
+from pipeline.evaluation.plots import COLOURS, FAINT, INK, WIDTH, plain, smoothed
 
 if TYPE_CHECKING:
     import polars as pl

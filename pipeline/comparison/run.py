@@ -18,16 +18,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import snapshots
 from pipeline.comparison.grid import Arm, Cell, Stored
 from pipeline.comparison.sampling import Job
 from pipeline.comparison.stages import Stages
 from pipeline.errors import RequestError, WorkError
 from pipeline.layout import Run
+from pipeline.policies import snapshots
 from pipeline.recipe import Recipe
-from pipeline.rollouts import durable
-from pipeline.runs import changed_settings, open_run, run_recipe
-from pipeline.scoring import SUMMARY
+from pipeline.rollouts.locate import SUMMARY
+from pipeline.runs.open import changed_settings, open_run, run_recipe
+from pipeline.storage import durable
 
 Say = Callable[[str], None]
 
@@ -132,7 +132,8 @@ class _Base:
 
     def check(self) -> None:
         """Writes the prompts. Raises RequestError where there are not enough for a round."""
-        from pipeline.prompts import build_prompt_set, round_prompts, write_prompts
+        from pipeline.prompts.files import write_prompts
+        from pipeline.prompts.sets import build_prompt_set, round_prompts
 
         if self.stored:
             if not self.prompts.is_file():
@@ -222,7 +223,8 @@ def _make(cell: Cell, run: Run, base: _Base, stages: Stages, say: Say) -> None:
 
 
 def _take_prompts(cell: Cell, run: Run, base: _Base, round: int) -> None:
-    from pipeline.prompts import round_prompts, write_prompts
+    from pipeline.prompts.files import write_prompts
+    from pipeline.prompts.sets import round_prompts
 
     if not run.round_prompts(round).exists():
         taken = round_prompts(base.prompts, round, cell.recipe.prompts.per_round, cell.seed)

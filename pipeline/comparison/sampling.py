@@ -20,8 +20,8 @@ from pipeline.errors import OaplError
 from pipeline.generation.engine import Completion, Engine, Request
 from pipeline.layout import Run
 from pipeline.recipe import Generation, Recipe
-from pipeline.report import START_EVALUATION, note_stage
-from pipeline.runs import run_recipe
+from pipeline.runs.open import run_recipe
+from pipeline.runs.stages import START_EVALUATION, note_stage
 
 
 class Sampler(Engine, Protocol):
@@ -67,9 +67,10 @@ def _here(recipe: Recipe) -> Recipe:
 
 
 def _round(job: Job, recipe: Recipe, engine: _Kept, round: int) -> None:
-    from pipeline.generation.generate import Work, generate
-    from pipeline.prompts import read_prompts
-    from pipeline.scoring import score
+    from pipeline.generation.batch import Work
+    from pipeline.generation.generate import generate
+    from pipeline.prompts.files import read_prompts
+    from pipeline.scoring.score import score
 
     run = job.run
     prompts = read_prompts(run.round_prompts(round))
@@ -81,8 +82,8 @@ def _round(job: Job, recipe: Recipe, engine: _Kept, round: int) -> None:
 
 
 def _evaluate(job: Job, recipe: Recipe, engine: _Kept) -> None:
-    from pipeline.evaluation import evaluate, heldout
-    from pipeline.prompts import iter_prompts
+    from pipeline.evaluation.pass_at_k import evaluate, heldout
+    from pipeline.prompts.files import iter_prompts
 
     out = job.run.evaluation(job.evaluation)
     stage = START_EVALUATION if job.evaluation is None else "evaluate"

@@ -12,8 +12,9 @@ from typing import Protocol
 from pipeline.comparison import sampling
 from pipeline.errors import RequestError, WorkError
 from pipeline.layout import Run
-from pipeline.report import START, note_stage
-from pipeline.runs import run_recipe
+from pipeline.policies.fetch import find_policy
+from pipeline.runs.open import run_recipe
+from pipeline.runs.stages import START, note_stage
 
 
 class Stages(Protocol):
@@ -39,11 +40,11 @@ class Children:
         self._lock = lock
 
     def start(self, run: Run) -> None:
-        from pipeline import snapshots
+        from pipeline.policies import snapshots
 
         policy = run_recipe(run).policy
         if policy.model is not None:
-            snapshots.adopt(policy.model, run.snapshots)
+            snapshots.adopt(find_policy(policy.model), run.snapshots)
         else:
             self._run("trainer.cold_start", ["--recipe", run.recipe, "--out", run.snapshots], run, 0, START)
 

@@ -30,9 +30,9 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.comparison.grid import Cell
 from pipeline.comparison.run import learned
-from pipeline.evaluation import Z95, Estimate, read_evaluation
+from pipeline.evaluation.pass_at_k import Z95, Estimate, read_evaluation
 from pipeline.layout import Run
-from pipeline.report import START_EVALUATION, read_stages
+from pipeline.runs.stages import START_EVALUATION, read_stages
 
 if TYPE_CHECKING:
     import polars as pl

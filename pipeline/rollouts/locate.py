@@ -1,21 +1,22 @@
-"""What a person means by a dataset's place: a run's folder, what `oapl generate` left, an exported dataset, a URL."""
+"""Where the tables of a dataset lie in its folder: a run's, what `oapl generate` left, or an exported dataset's."""
 
 from __future__ import annotations
 
-import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import RequestError
 from pipeline.layout import Run
-from pipeline.rollouts.places import is_url
 
 MANIFEST = "manifest.json"
 ROLLOUTS, PROMPTS, VERDICTS = "rollouts", "prompts/prompts.parquet", "verdicts"
 """Where the tables lie in an exported dataset."""
 EXTRAS = "origin/prompts.parquet"
 """Of imported data: what its form said of a prompt beyond our columns."""
+SUMS = "SHA256SUMS"
+"""Of an exported dataset: written last, read first."""
+SUMMARY, UNFINISHED = "scoring.json", ".unfinished.json"
+"""Of a folder of verdicts: what is sent last, and what is sent first where the other is not there yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,27 +43,12 @@ class Located:
         return self.root / VERDICTS if self.round is None else self.root / VERDICTS / self.rollouts.name
 
 
-def locate(place: str | Path, round: int | None = None) -> Located:
-    """Resolves a DIR or DATASET of the command line.
+def locate(folder: Path, round: int | None = None) -> Located:
+    """The dataset in a folder: a run's, generated rollouts, or an exported one; see `sharing.bring` for URLs.
 
-    A run's folder stands for its newest round unless `round` says otherwise. Of a URL (fsspec, or `hf://datasets/...`)
-    an exported dataset is imported into the cache first, which verifies it; of rollouts that lie there as they were
-    written (a run, one of its rounds, what `oapl generate` left) only shards that are read come into the cache.
-    Raises RequestError where nothing of the kind is there.
+    A run's folder stands for its newest round unless `round` says otherwise. Raises RequestError where nothing of the
+    kind is there.
     """
-    if is_url(place):
-        from pipeline.rollouts.hub import is_hub
-        from pipeline.rollouts.mirror import mirrored
-        from pipeline.rollouts.sharing import import_dataset
-
-        if not is_hub(str(place)):
-            found = mirrored(str(place), cache_folder(), round)
-            if found is not None:
-                return locate(*found)
-        kept = cache_folder() / hashlib.sha256(str(place).encode()).hexdigest()[:16]
-        import_dataset(str(place), kept, replace=True)
-        return locate(kept, round)
-    folder = Path(place)
     if not folder.is_dir():
         raise RequestError(f"{folder}: no such folder; give a run's folder, generated rollouts, or an exported dataset")
     if (folder / MANIFEST).is_file() and not (folder / ROLLOUTS).is_dir():
@@ -113,9 +99,3 @@ def _of_run(folder: Path, round: int | None) -> Located:
 def _rounds(folder: Path) -> list[int]:
     names = (path.name.removeprefix("round=") for path in (folder / ROLLOUTS).glob("round=*"))
     return sorted(int(name) for name in names if name.isdigit())
-
-
-def cache_folder() -> Path:
-    """Where datasets given by URL are kept: `$OAPL_CACHE`, or `~/.cache/oapl/datasets`."""
-    given = os.environ.get("OAPL_CACHE")
-    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "oapl/datasets"

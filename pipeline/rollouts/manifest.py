@@ -13,9 +13,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
 
 from pipeline.errors import RequestError
-from pipeline.rollouts import durable
-from pipeline.rollouts.places import place_of
 from pipeline.rollouts.schema import SCHEMA_VERSION
+from pipeline.storage import durable
+from pipeline.storage.open import place_of
 
 MANIFEST = "manifest.json"
 

@@ -17,14 +17,15 @@ from functools import lru_cache
 from pathlib import Path
 
 from pipeline.errors import RequestError, WorkError
-from pipeline.rollouts import durable
+from pipeline.rollouts.locate import ROLLOUTS, SUMMARY, SUMS, UNFINISHED, VERDICTS, Located
 from pipeline.rollouts.manifest import MANIFEST, Manifest, Shard, parse_manifest
-from pipeline.rollouts.objects import Objects
+from pipeline.storage import durable
+from pipeline.storage.objects import Objects
+from pipeline.storage.working_copy import Copy, Marks, copy_of
 
 ORIGIN = "origin.json"
-SUMS = "SHA256SUMS"
-SUMMARY, UNFINISHED = "scoring.json", ".unfinished.json"
-"""Of a folder of verdicts: what is sent last, and what is sent first where the other is not there yet."""
+VERDICT_MARKS = Marks(records=(SUMMARY,), unfinished={SUMMARY: UNFINISHED})
+"""Of a folder of verdicts that is sent to a URL."""
 _ROUND = re.compile(r"(.*)/rollouts/(round=\d+)")
 
 
@@ -177,3 +178,14 @@ def _mirror_file(place: Objects, kept: Path, name: str, size: int, modified: flo
     with durable.replacing(path) as temporary:
         place.fetch(name, temporary)
         os.utime(temporary, (modified, modified))
+
+
+def verdicts_copy(found: Located) -> Copy | None:
+    """What stands for the verdicts of rollouts that are read where they lie, at a URL; None for others."""
+    origin = origin_of(found.rollouts)
+    if origin is None:
+        return None
+    if found.round is None:
+        return copy_of(f"{origin}/{VERDICTS}", VERDICT_MARKS)
+    run = origin.removesuffix(f"/{ROLLOUTS}/{found.rollouts.name}")
+    return copy_of(f"{run}/{VERDICTS}/{found.rollouts.name}", VERDICT_MARKS)

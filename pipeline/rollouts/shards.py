@@ -14,12 +14,12 @@ from pathlib import Path
 import pyarrow as pa
 
 from pipeline.errors import RequestError, WorkError
+from pipeline.rollouts.arrow import Packed
 from pipeline.rollouts.keys import Keys
 from pipeline.rollouts.ledger import COMMITS, EPOCH, Epoch, Record
 from pipeline.rollouts.manifest import Provenance, identity
-from pipeline.rollouts.packing import Packed
-from pipeline.rollouts.places import place_of
 from pipeline.rollouts.store import GroupWriter, key_of, put_shard
+from pipeline.storage.open import place_of
 
 
 class ShardWriter(GroupWriter):

@@ -26,16 +26,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.errors import OaplError, RequestError, WorkError
-from pipeline.rollouts import durable
+from pipeline.rollouts.arrow import Packed, logprob_flaw, pack, packed_flaw, unpack
 from pipeline.rollouts.groups import GROUP_KEY, group_key, group_starts, split_groups
 from pipeline.rollouts.keys import Keys, PromptIds, one_group_key
 from pipeline.rollouts.ledger import Ledger
-from pipeline.rollouts.locate import locate
 from pipeline.rollouts.manifest import MANIFEST, Manifest, Provenance, Shard, file_metadata, read_manifest
 from pipeline.rollouts.mirror import local_copy
-from pipeline.rollouts.packing import Packed, logprob_flaw, pack, packed_flaw, unpack
-from pipeline.rollouts.places import Place, is_url, place_of
 from pipeline.rollouts.schema import ROLLOUTS, Rollout
+from pipeline.storage import durable
+from pipeline.storage.open import place_of
+from pipeline.storage.places import Place
 
 __all__ = [
     "GROUP_KEY",
@@ -373,7 +373,7 @@ def _batches(groups: list[Packed | pa.RecordBatch]) -> list[pa.RecordBatch]:
 
 
 def iter_batches(
-    folder: Path | str, columns: Sequence[str] | None = None, batch_rows: int = 1024
+    folder: Path, columns: Sequence[str] | None = None, batch_rows: int = 1024
 ) -> Iterator[pa.RecordBatch]:
     """The dataset's rows in the manifest's order, columns in the order asked for.
 
@@ -385,11 +385,8 @@ def iter_batches(
     unknown = [name for name in names if name not in ROLLOUTS.names]
     if unknown:
         raise RequestError(f"{folder}: rollouts have no column {unknown[0]!r}; they have {', '.join(ROLLOUTS.names)}")
-    if is_url(folder):
-        yield from iter_batches(locate(folder).rollouts, columns, batch_rows)
-        return
     for shard in read_manifest(folder).shards:
-        path = Path(folder) / shard.file
+        path = folder / shard.file
         try:
             yield from _file_batches(local_copy(path), names, batch_rows)
         except (

@@ -13,12 +13,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.errors import RequestError, WorkError
-from pipeline.rollouts import durable
 from pipeline.rollouts.locate import Located
 from pipeline.rollouts.mirror import local_copy
 from pipeline.rollouts.schema import PROMPTS, ROLLOUTS, SCHEMA_VERSION, STATUSES, UNSCORABLE, VERDICTS, FinishReason
 from pipeline.rollouts.store import Manifest, Shard, flaw, group_key, read_manifest, split_groups
 from pipeline.rollouts.tables import key64, parquet_batches, verdict_files
+from pipeline.storage import durable
 
 Decode = Callable[[list[list[int]]], list[str]]
 """Token ids of completions to their texts without special tokens."""

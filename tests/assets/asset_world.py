@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from pipeline import tiny
 from pipeline.layout import Run
+from pipeline.prompts import tiny
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]

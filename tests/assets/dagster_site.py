@@ -73,7 +73,7 @@ def served(world: World, *folders: Path) -> Iterator[Site]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    words = [sys.executable, "-m", "assets.web", "--root", str(world.root), "--recipe", str(world.recipe)]
+    words = [sys.executable, "-m", "assets.running.web", "--root", str(world.root), "--recipe", str(world.recipe)]
     with (world.root / "ui.log").open("w") as log:
         process = subprocess.Popen(
             [*words, "--port", str(port)],

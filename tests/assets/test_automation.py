@@ -14,16 +14,16 @@ import dagster as dg
 import pytest
 from asset_world import World
 
-from assets.instance import prepare_home
+from assets.running.instance import prepare_home
 from pipeline.layout import Run
-from pipeline.report import note_stage
+from pipeline.runs.stages import note_stage
 
 
 @pytest.fixture
 def copied(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """The world's run in a folder of its own, with three rounds to make; automation looks at it."""
     from assets import automation
-    from assets.settings import Chosen
+    from assets.running.settings import Chosen
 
     run = Run(tmp_path / "data", "tiny")
     shutil.copytree(world.run.path, run.path)
@@ -112,7 +112,7 @@ def test_a_failure_is_posted(
 ) -> None:
     from assets.automation import report_failures
     from assets.definitions import defs
-    from assets.settings import Chosen
+    from assets.running.settings import Chosen
 
     heard: list[dict[str, Any]] = []
 

@@ -15,9 +15,9 @@ import pytest
 from asset_world import QUICK_ENGINE, RECIPE, World, write_recipe
 from dagster_site import Site, served, wait_for
 
-from assets.instance import prepare_home
-from pipeline import snapshots
+from assets.running.instance import prepare_home
 from pipeline.layout import Run, round_key
+from pipeline.policies import snapshots
 
 pytestmark = pytest.mark.system  # some minutes
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from assets.instance import instance_config, prepare_home
+from assets.running.instance import instance_config, prepare_home
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -13,7 +13,7 @@ import yaml
 from asset_world import REPOSITORY
 from moto.server import ThreadedMotoServer
 
-from assets.instance import instance_config
+from assets.running.instance import instance_config
 
 
 @dg.asset

@@ -19,9 +19,9 @@ import pytest
 from asset_world import QUICK_ENGINE, REPOSITORY, child_environment, write_recipe
 from faulty_proxy import FaultyProxy, asked_for
 
-from pipeline.rollouts.locate import locate
-from pipeline.rollouts.objects import Objects
 from pipeline.rollouts.store import iter_batches, read_manifest
+from pipeline.sharing.bring import bring
+from pipeline.storage.objects import Objects
 
 SMALL: dict[str, Any] = {
     "generation": {"samples": 4, "max_model_len": 128, "dtype": "float32"},
@@ -88,7 +88,7 @@ def test_rounds_move_from_machine_to_machine(bucket: str, proxy: FaultyProxy, tm
     assert place.names("snapshots") == [] and len(place.folders("snapshots")) == 1
     with start(recipe, root, caches[1]) as child:
         kill_when(child, proxy, "/scoring.json")  # while it sends what it judged
-    assert locate(url).verdicts is None
+    assert bring(url).verdicts is None
     digest = read_manifest(f"{url}/rollouts/round=0000").digest
     with start(recipe, root, caches[2]) as child:
         kill_when(child, proxy, "model.safetensors")  # while it sends what it learned
@@ -111,7 +111,7 @@ def test_rounds_move_from_machine_to_machine(bucket: str, proxy: FaultyProxy, tm
     assert summary(url) == [{name: value for name, value in one.items() if name != "seconds"} for one in there]
     for round in (0, 1):
         ids = [
-            [row for batch in iter_batches(locate(run, round).rollouts, ["rollout_id"]) for row in batch[0].to_pylist()]
+            [row for batch in iter_batches(bring(run, round).rollouts, ["rollout_id"]) for row in batch[0].to_pylist()]
             for run in (url, disk)
         ]
         assert len(ids[0]) == 48 and sorted(ids[0]) == sorted(ids[1])
@@ -120,7 +120,7 @@ def test_rounds_move_from_machine_to_machine(bucket: str, proxy: FaultyProxy, tm
 def materialised(url: str, cache: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[bool, str]:
     """Asset `prompt_set` of a run at a URL, on a machine with that cache; and what the failed step said."""
     from assets.prompt_set import prompt_set
-    from assets.settings import Chosen, root_of
+    from assets.running.settings import Chosen, root_of
 
     monkeypatch.setenv("OAPL_CACHE", str(cache))
     root, at = root_of(url)
@@ -175,12 +175,12 @@ def test_a_wrong_root_is_one_line(
 def test_the_ui_has_a_location_for_each_run_at_the_url(
     bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from assets import web
-    from assets.instance import prepare_home
-    from assets.settings import root_of
+    from assets.running import web
+    from assets.running.instance import prepare_home
+    from assets.running.settings import root_of
     from pipeline.recipe import load_recipe
-    from pipeline.remote_run import RemoteRun
-    from pipeline.runs import open_run
+    from pipeline.runs.at_url import RemoteRun
+    from pipeline.runs.open import open_run
 
     elsewhere = RemoteRun(bucket, "mine")
     open_run(elsewhere.run.data, load_recipe("tiny", ["name=mine", "learning.beta2=0.7"]))

@@ -26,7 +26,7 @@ def instance(world: World) -> Iterator[dg.DagsterInstance]:
 
 def materialise(world: World, instance: dg.DagsterInstance, job: str, root: Path | None = None, **settings: Any) -> Any:
     from assets.definitions import defs
-    from assets.settings import Chosen
+    from assets.running.settings import Chosen
 
     return defs.resolve_job_def(job).execute_in_process(
         instance=instance,

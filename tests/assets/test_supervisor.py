@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from assets.supervisor import ChildFailed, run_child
+from assets.running.supervisor import ChildFailed, run_child
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -29,7 +29,7 @@ time.sleep(600)
 SUPERVISING = """
 import signal, sys
 from pathlib import Path
-from assets.supervisor import run_child
+from assets.running.supervisor import run_child
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell started the tests in the background
 run_child([sys.executable, "-c", sys.argv[1], sys.argv[2]], Path(sys.argv[3]), lambda text: print(text, flush=True))
 """

@@ -20,11 +20,11 @@ import pytest
 from asset_world import REPOSITORY, World, child_environment, write_recipe
 from dagster_site import Site, wait_for
 
-from assets.instance import prepare_home
-from assets.web import locations, open_first_rounds, what_is_there, write_workspace
+from assets.running.instance import prepare_home
+from assets.running.web import locations, open_first_rounds, what_is_there, write_workspace
 from pipeline.layout import Run
 from pipeline.recipe import load_recipe
-from pipeline.runs import open_run
+from pipeline.runs.open import open_run
 
 LOAD = """
 import json, runpy, sys
@@ -66,7 +66,7 @@ def test_a_port_in_use_is_one_line(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        words = ["-m", "assets.web", "--root", str(tmp_path), "--port", str(taken.getsockname()[1])]
+        words = ["-m", "assets.running.web", "--root", str(tmp_path), "--port", str(taken.getsockname()[1])]
         refused = subprocess.run(
             [sys.executable, *words], cwd=REPOSITORY, env=dict(os.environ), capture_output=True, text=True
         )
@@ -85,7 +85,7 @@ def started(root: Path, *words: str) -> Iterator[tuple[subprocess.Popen[str], li
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "assets.web", "--root", str(root), "--port", str(port), *words]
+    command = [sys.executable, "-m", "assets.running.web", "--root", str(root), "--port", str(port), *words]
     ignoring = ["sh", "-c", "trap '' INT; exec \"$@\"", "sh", *command]
     process = subprocess.Popen(ignoring, cwd=REPOSITORY, env=child_environment(), stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
@@ -116,7 +116,7 @@ def test_the_terminal_says_where_it_is_and_how_it_ends(tmp_path: Path) -> None:
         assert not [one for one in family if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
 
 
-@pytest.mark.parametrize("module", ["assets.web", "assets.run_rounds"])
+@pytest.mark.parametrize("module", ["assets.running.web", "assets.run_rounds"])
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
@@ -137,7 +137,7 @@ def test_a_spoilt_instance_file_is_one_line(tmp_path: Path, module: str, old: st
 
 
 def test_where_dagster_ends_by_itself_the_log_is_named(tmp_path: Path) -> None:
-    words = ["-m", "assets.web", "--root", str(tmp_path), "--port", "0", "--log-level", "loud"]
+    words = ["-m", "assets.running.web", "--root", str(tmp_path), "--port", "0", "--log-level", "loud"]
     failed = subprocess.run([sys.executable, *words], cwd=REPOSITORY, capture_output=True, text=True)
     log = tmp_path / "dagster" / "ui.log"
     assert failed.returncode == 1 and "'loud'" in log.read_text()

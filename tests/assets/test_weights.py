@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pipeline.weights import compare
+from pipeline.policies.weights import compare
 
 
 def write(folder: Path, **tensors: torch.Tensor) -> Path:

@@ -16,10 +16,10 @@ import polars as pl
 import pytest
 from faulty_proxy import FaultyProxy, asked_for
 
-from pipeline.evaluation import read_evaluation
-from pipeline.rollouts.locate import locate
-from pipeline.rollouts.objects import Objects
+from pipeline.evaluation.pass_at_k import read_evaluation
 from pipeline.rollouts.store import iter_batches
+from pipeline.sharing.bring import bring
+from pipeline.storage.objects import Objects
 
 ASSETS = Path(__file__).parents[1] / "assets"
 Stage = Callable[..., str]
@@ -93,7 +93,7 @@ def test_all_stages_at_urls_give_what_they_give_on_a_disk(
 
     columns = ["rollout_id", "completion_tokens", "logprobs"]
     rows = [
-        pl.concat([pl.from_arrow(batch) for batch in iter_batches(locate(f"{out}/rollouts").rollouts, columns)])
+        pl.concat([pl.from_arrow(batch) for batch in iter_batches(bring(f"{out}/rollouts").rollouts, columns)])
         for out in (disk, bucket)
     ]
     assert len(rows[0]) == 24 and rows[0].sort("rollout_id").equals(rows[1].sort("rollout_id"))

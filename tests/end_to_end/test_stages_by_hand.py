@@ -10,8 +10,8 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from pipeline import snapshots
-from pipeline.evaluation import read_evaluation
+from pipeline.evaluation.pass_at_k import read_evaluation
+from pipeline.policies import snapshots
 
 Oapl = Callable[..., "subprocess.CompletedProcess[str]"]
 SMALL = [

@@ -9,7 +9,7 @@ import yaml
 
 from pipeline.errors import RequestError
 from pipeline.recipe import Recipe, differences, load_recipe, named_recipes
-from pipeline.runs import open_run, run_recipe
+from pipeline.runs.open import open_run, run_recipe
 
 
 @pytest.mark.parametrize("name", named_recipes())

@@ -15,7 +15,8 @@ from learning_parts import RECIPE, Learned, Made, make_policy, read_log, write_d
 
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.rollouts.locate import locate
-from trainer.learner import Round, learn
+from trainer.learner import learn
+from trainer.work import Round
 
 
 @pytest.fixture(scope="session")

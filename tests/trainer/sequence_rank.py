@@ -13,7 +13,8 @@ from learning_parts import SMALL, TEXTS
 from test_packing import exact_logprobs, loss_and_gradients, our_logprobs, relative, some_examples
 
 from pipeline.ending import leave
-from trainer import packing, sequence
+from trainer import sequence
+from trainer.attention import register
 from trainer.engine import ALONE
 from trainer.policy import make_model, make_tokenizer
 from trainer.sequence import Team
@@ -31,7 +32,7 @@ def policy(key_heads: int, attention: str, dtype: torch.dtype = torch.float32) -
 def errors(key_heads: int, attention: str, loss: str, team: Team) -> dict[str, float]:
     """Relative, of loss and summed gradients, to each sequence computed alone in float64."""
     examples, groups = some_examples(150, 150)
-    model = policy(key_heads, packing.register(attention))
+    model = policy(key_heads, register(attention))
     scored = our_logprobs(model, examples, groups, attention, team)
     found_loss, found = loss_and_gradients(model, scored, examples, loss)
     for gradient in found.values():
@@ -44,7 +45,7 @@ def errors(key_heads: int, attention: str, loss: str, team: Team) -> dict[str, f
 def kept_bytes(team: Team) -> int:
     """What a forward pass keeps for its backward pass, weights apart."""
     examples, groups = some_examples(400, 400)
-    model = policy(2, packing.register("sdpa"))
+    model = policy(2, register("sdpa"))
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -73,8 +74,8 @@ def main() -> None:
     }
     examples, groups = some_examples(3, 30)
     with torch.no_grad():
-        flex = our_logprobs(policy(2, packing.register("flex")), examples, groups, "flex", team)
-        sdpa = our_logprobs(policy(2, packing.register("sdpa")), examples, groups, "sdpa")
+        flex = our_logprobs(policy(2, register("flex")), examples, groups, "flex", team)
+        sdpa = our_logprobs(policy(2, register("sdpa")), examples, groups, "sdpa")
     found["flex"] = (flex - sdpa).abs().max().item()
     found["bytes"] = [kept_bytes(ALONE), kept_bytes(team)]
     print(json.dumps(found))

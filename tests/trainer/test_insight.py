@@ -13,7 +13,7 @@ from learning_parts import Learned, Made
 
 from pipeline.recipe import Recipe
 from trainer import insight
-from trainer.batches import collate
+from trainer.passes import collate
 from trainer.policy import load_policy
 
 Learn = Callable[..., Learned]
@@ -67,7 +67,7 @@ def test_work_counts_every_matrix_product(policy: Path) -> None:
     """Against PyTorch's own count of a forward and a backward pass, attention aside."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    from trainer.batches import Example
+    from trainer.view import Example
 
     model = load_policy(policy).train()
     tokens = torch.arange(3, 40, dtype=torch.int32).numpy()

@@ -10,8 +10,8 @@ import pytest
 import torch
 from learning_parts import Learned, Made, plain_logprobs
 
-from pipeline import snapshots
 from pipeline.errors import WorkError
+from pipeline.policies import snapshots
 from pipeline.recipe import Recipe
 
 Learn = Callable[..., Learned]

@@ -11,8 +11,8 @@ import pytest
 import torch
 from learning_parts import Learned, Made, folder_hash, plain_logprobs, write_dataset, write_verdicts
 
-from pipeline import snapshots
 from pipeline.errors import RequestError
+from pipeline.policies import snapshots
 from pipeline.recipe import Recipe
 
 Learn = Callable[..., Learned]

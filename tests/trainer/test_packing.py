@@ -12,11 +12,14 @@ import torch
 from learning_parts import plain_logprobs
 
 from trainer import packing
-from trainer.batches import Example, Sizes, collate, micro_batches, split_over_ranks
+from trainer.attention import register
+from trainer.batches import micro_batches, split_over_ranks
 from trainer.engine import ALONE, Scored
 from trainer.losses import LOSSES, Batch, Settings
+from trainer.passes import collate
 from trainer.policy import load_policy
 from trainer.sequence import Team
+from trainer.view import Example, Sizes
 
 TEMPERATURE = 0.7
 
@@ -76,7 +79,7 @@ def relative(found: Any, exact: Any) -> float:
 def test_packed_equals_one_by_one(policy: Path, float64: Any, attention: str | None, longest: int, loss: str) -> None:
     """1e-6 relative in float32, loss and gradients, against float64: no boundary leaks, no token is lost."""
     examples, groups = some_examples(longest, longest)
-    name = packing.register(attention) if attention else "sdpa"
+    name = register(attention) if attention else "sdpa"
     model = load_policy(policy, torch.float32, name).train()
     found_loss, found = loss_and_gradients(model, our_logprobs(model, examples, groups, attention), examples, loss)
     exact_loss, exact = loss_and_gradients(float64, exact_logprobs(float64, examples), examples, loss)
@@ -89,7 +92,7 @@ def test_packed_equals_one_by_one(policy: Path, float64: Any, attention: str | N
 def test_what_stands_elsewhere_changes_nothing(policy: Path, attention: str) -> None:
     """Other prompts and completions in the same pass: not a bit of a sequence's log-probabilities moves much."""
     examples, groups = some_examples(3, 30)
-    model = load_policy(policy, torch.float32, packing.register(attention))
+    model = load_policy(policy, torch.float32, register(attention))
     with torch.no_grad():
         together = our_logprobs(model, examples, groups, attention)
         for number, example in enumerate(examples):

@@ -87,7 +87,7 @@ def learn_on(
 ) -> dict[str, Learned]:
     """The rounds, one after another in the same `count` processes."""
     from pipeline.rollouts.locate import locate
-    from trainer.learner import Round
+    from trainer.work import Round
 
     works = []
     for number, settings in enumerate(rounds.values()):

@@ -128,7 +128,7 @@ def test_attention_that_packing_does_not_keep(
     refused: Refused, recipe: Recipes, dataset: Made, policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A kernel that lets completions see each other is found out on the policy before anything is learned."""
-    from trainer import packing
+    from trainer import attention
 
     def leaky(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, _: Any) -> torch.Tensor:
         parts = (whole.transpose(0, 1).unsqueeze(0) for whole in (query, key, value))
@@ -137,7 +137,7 @@ def test_attention_that_packing_does_not_keep(
         )
         return together.squeeze(0).transpose(0, 1)
 
-    monkeypatch.setitem(packing.KERNELS, "sdpa", leaky)
+    monkeypatch.setitem(attention.KERNELS, "sdpa", leaky)
     error = refused(dataset.place, recipe(), policy)
     assert isinstance(error, RequestError) and "set learning.packing=false" in str(error)
 

@@ -18,7 +18,7 @@ from pipeline.layout import Run
 from pipeline.recipe import Recipe
 from pipeline.rollouts.locate import locate
 from trainer import checkpoints
-from trainer.learner import Round
+from trainer.work import Round
 
 Learn = Callable[..., Learned]
 Recipes = Callable[..., Recipe]

@@ -25,9 +25,9 @@ from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.wait import WebDriverWait
 
-from pipeline import snapshots
+from pipeline.policies import snapshots
 from pipeline.recipe import load_recipe
-from pipeline.runs import open_run
+from pipeline.runs.open import open_run
 
 LOCATION = "__repository__@tiny"
 

@@ -13,14 +13,14 @@ from rollout_data import group, groups, prompt, prompt_name, provenance
 from writing_processes import drive, forking, replica, start
 
 from pipeline.errors import RequestError, WorkError
-from pipeline.prompts import write_prompts
+from pipeline.prompts.files import write_prompts
 from pipeline.rollouts import ledger
 from pipeline.rollouts.ledger import Pace
 from pipeline.rollouts.locate import locate
-from pipeline.rollouts.places import Folder
 from pipeline.rollouts.shards import ShardWriter
 from pipeline.rollouts.store import RolloutWriter, iter_batches, read_manifest, write_shard
 from pipeline.rollouts.validate import validate
+from pipeline.storage.places import Folder
 
 
 def column(folder: Path, name: str) -> list[str]:

@@ -14,12 +14,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import rollout_data
 from rollout_data import group, groups, provenance, write
 
 from pipeline.errors import RequestError, WorkError
-from pipeline.rollouts import durable, store
+from pipeline.rollouts import store
 from pipeline.rollouts.schema import ROLLOUTS
 from pipeline.rollouts.store import RolloutWriter, iter_batches, read_manifest
+from pipeline.storage import durable
 
 
 def rows_of(folder: Path) -> dict[str, dict[str, object]]:
@@ -173,7 +175,7 @@ def test_a_second_writer_is_refused_until_the_first_is_gone(tmp_path: Path) -> N
         "from pipeline.rollouts.store import RolloutWriter\n"
         "w = RolloutWriter(Path(sys.argv[1]), provenance(), samples=4); print('held', flush=True); sys.stdin.read()"
     )
-    command = [sys.executable, "-c", code, str(tmp_path), str(Path(__file__).parent)]
+    command = [sys.executable, "-c", code, str(tmp_path), str(Path(rollout_data.__file__).parent)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None and child.stdout.readline() == "held\n"
         with pytest.raises(RequestError, match=rf"another process \(id {child.pid}\) is writing here") as caught:

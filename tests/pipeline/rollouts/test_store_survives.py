@@ -11,14 +11,15 @@ import time
 from pathlib import Path
 
 import pytest
+import rollout_data
 from rollout_data import groups
 
 from pipeline.rollouts.store import iter_batches, read_manifest
 
-HERE = Path(__file__).parent
-ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{HERE.parents[2]}{os.pathsep}{HERE}"}
+PARTS = Path(rollout_data.__file__).parent
+ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{PARTS.parents[1]}{os.pathsep}{PARTS}"}
 PYTHON = shlex.quote(sys.executable)
-GENERATE = f"{PYTHON} {shlex.quote(str(HERE / 'fake_generation.py'))}"
+GENERATE = f"{PYTHON} {shlex.quote(str(PARTS / 'fake_generation.py'))}"
 
 
 def ids(folder: Path) -> list[str]:
@@ -36,7 +37,7 @@ def undisturbed(count: int) -> list[str]:
 def test_killed_at_twenty_random_moments_and_resumed(tmp_path: Path) -> None:
     """No group that was committed is generated again, and the end is what an undisturbed run writes."""
     folder, calls, count = tmp_path / "rollouts", tmp_path / "calls", 400
-    command = [sys.executable, str(HERE / "fake_generation.py"), str(folder), str(calls), str(count)]
+    command = [sys.executable, str(PARTS / "fake_generation.py"), str(folder), str(calls), str(count)]
     calls.touch()
     dice = random.Random(4)
     killed = 0

@@ -12,12 +12,13 @@ import pytest
 from rollout_data import dataset, group, groups, prompt, verdict, write, write_verdicts
 
 from pipeline.errors import RequestError
-from pipeline.prompts import write_prompts
-from pipeline.rollouts import durable, store
+from pipeline.prompts.files import write_prompts
+from pipeline.rollouts import store
+from pipeline.rollouts.arrow import as_batch
 from pipeline.rollouts.locate import locate
-from pipeline.rollouts.packing import as_batch
 from pipeline.rollouts.store import read_manifest
 from pipeline.rollouts.validate import decoder, validate
+from pipeline.storage import durable
 
 
 def problems(folder: Path) -> list[str]:

@@ -1,0 +1,1 @@
+"""Policies as files: immutable snapshots, their weights and shapes, and where they come from."""

@@ -1,0 +1,1 @@
+"""Prompt sets: people's files, public problem sets, embedded tasks, and what a round takes of them."""

@@ -1,0 +1,1 @@
+"""A run's folder: opened, continued, and kept at a URL."""

@@ -1,0 +1,1 @@
+"""Datasets given and taken: packaged, described, cut, exchanged with other forms, looked at."""
