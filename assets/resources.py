@@ -18,6 +18,7 @@ from assets.config import CONFIGS, StepConfig
 from assets.rounds import PREFIX, TAGS, round_of
 from assets.running.settings import Chosen
 from assets.running.supervisor import ChildFailed, run_child
+from pipeline import modules
 from pipeline.errors import OaplError, RequestError
 from pipeline.layout import Run
 from pipeline.recipe import Recipe, load_recipe
@@ -91,7 +92,7 @@ class Step:
                 hear(line)
 
         log = self.run.log(stage, self.round)
-        command = [sys.executable, "-m", *module.split(), *map(str, words)]
+        command = modules.python(*module.split(), *words)
         self.say(f"{stage}: started; its whole output goes to {log}")
         try:
             run_child(command, log, tell, copy_to=sys.stderr)

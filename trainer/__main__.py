@@ -187,7 +187,7 @@ def _launch(ranks: int) -> None:
             run_id="oapl",
         )
         try:
-            elastic_launch(config, sys.executable)("-u", "-m", "trainer", *sys.argv[1:])
+            elastic_launch(config, sys.executable)("-u", "-P", "-m", "trainer", *sys.argv[1:])
         except ChildFailedError as failed:
             os.environ.pop("OAPL_ERROR_FILE")
             for rank, failure in failed.failures.items():

@@ -89,10 +89,10 @@ def _serve(home: Path, workspace: Path, arguments: argparse.Namespace) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a shell starts background jobs with SIGINT ignored
         signal.signal(number, signal.default_int_handler)
     # Dagster's own next tool is no part of this project.
-    command = [sys.executable, "-W", "ignore:Function `dev_command`", "-m", "dagster", "dev"]
+    command = [sys.executable, "-P", "-W", "ignore:Function `dev_command`", "-m", "dagster", "dev"]
     command += ["--workspace", str(workspace), "--host", HOST, "--port", str(arguments.port)]
     command += ["--log-level", arguments.log_level]
-    with log.open("wb") as file, leashed(command, {"DAGSTER_HOME": str(home)}, file) as dagster:
+    with log.open("wb") as file, leashed(command, _environment(home), file) as dagster:
         try:
             while dagster.poll() is None and not _answers(address):
                 time.sleep(0.3)
@@ -105,6 +105,17 @@ def _serve(home: Path, workspace: Path, arguments: argparse.Namespace) -> None:
             _end(dagster)
             return
     raise WorkError(f"Dagster ended by itself, with status {code}; the reason is in {log}")
+
+
+def _environment(home: Path) -> dict[str, str]:
+    """What Dagster's processes are told beside what this one was.
+
+    While it loads a code location, Dagster drops the first entry of Python's path, which it takes for a script's
+    folder. There is none, since the path is safe; so that nothing else goes, Dagster's home stands first, where the
+    location's own working directory comes again anyway.
+    """
+    path = os.pathsep.join(filter(None, [str(home), os.environ.get("PYTHONPATH")]))
+    return {"DAGSTER_HOME": str(home), "PYTHONPATH": path}
 
 
 def _answers(address: str) -> bool:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+from pipeline import modules
 from pipeline.comparison import sampling
 from pipeline.errors import RequestError, WorkError
 from pipeline.layout import Run
@@ -65,7 +65,7 @@ class Children:
             output.write(f"$ {module} {' '.join(map(str, words))}\n")
             output.flush()
             child = subprocess.Popen(
-                [sys.executable, "-m", module, *map(str, words)],
+                modules.python(module, *words),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

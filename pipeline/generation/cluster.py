@@ -9,10 +9,11 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from pipeline import modules
 from pipeline.errors import RequestError, WorkError
 
 _STORE = ("OAPL_CACHE", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION")
-INHERITED = ("PYTHONPATH", "OMP_", "GOMP_", "TORCHDYNAMO_", "VLLM_", *_STORE)
+INHERITED = ("PYTHONPATH", modules.SAFE, modules.OWN, "OMP_", "GOMP_", "TORCHDYNAMO_", "VLLM_", *_STORE)
 """Starts of the names of environment variables that workers on other machines get, too; no secrets, which Ray shows."""
 
 
@@ -33,13 +34,15 @@ def connected(stage: str) -> Iterator[None]:
             "RAY_ADDRESS=auto, or through `ray job submit`"
         )
     try:
-        ray.init(
-            address=address or "local",
-            include_dashboard=None if address else False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            runtime_env={"env_vars": _inherited()} if address else None,
-        )
+        # Ray puts the driver's current folder in front of its workers' path; what lies there is not ours.
+        with contextlib.chdir("/"):
+            ray.init(
+                address=address or "local",
+                include_dashboard=None if address else False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                runtime_env={"env_vars": _inherited()} if address else None,
+            )
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:  # Ray's ways to say that nobody is there
         where = f"RAY_ADDRESS={address}" if address else "Ray on this machine"
         raise WorkError(f"{where}: can't be reached or started ({' '.join(str(error).split())[:200]})") from None

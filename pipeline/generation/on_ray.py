@@ -15,6 +15,7 @@ from pipeline.generation.replica import Replica, Report
 from pipeline.progress import Progress
 from pipeline.prompts.files import Prompt
 from pipeline.rollouts.store import RolloutWriter
+from pipeline.storage.places import local_path
 
 STOP_S = 60.0
 
@@ -46,7 +47,10 @@ class _Actors:
     place = "node of the Ray cluster"
 
     def __init__(self, work: Work, start_engine: Callable[[], Engine], writer: RolloutWriter) -> None:
-        self._told = work, start_engine, str(writer.folder), writer.manifest.provenance
+        here = local_path(writer.folder)
+        # Workers have another current folder.
+        folder = str(writer.folder if here is None else here.absolute())
+        self._told = work, start_engine, folder, writer.manifest.provenance
         self._needs: dict[str, float] = {"CPU": work.settings.replica_cpus}
         if cluster.has_gpus():
             self._needs["GPU"] = work.settings.tensor_parallel

@@ -61,14 +61,14 @@ def judged_on_ray(
     Raises RequestError for a rollout without its prompt and for a node with other verifiers, WorkError where a
     shard's worker dies RETRIES times more than once.
     """
-    parts = out / f".scoring-{journal[:16]}"
-    for other in out.glob(".scoring-*"):
+    parts = out.absolute() / f".scoring-{journal[:16]}"  # absolute, since workers have another current folder
+    for other in out.absolute().glob(".scoring-*"):
         if other != parts:
             shutil.rmtree(other)
     parts.mkdir(exist_ok=True)
     one_task = settings.model_copy(update={"workers": settings.workers or 1})
     versions = {task: find_verifier(task).version() for task in sorted(references.tasks)}
-    asked = Asked(rollouts, references.prompts, parts, one_task, versions)
+    asked = Asked(rollouts.absolute(), references.prompts.absolute(), parts, one_task, versions)
     with cluster.connected("verify"):
         canaries = _run(asked, manifest, references, progress)
     yield _merged(parts, manifest, canaries)

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib
 import inspect
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import RequestError
+from pipeline.modules import import_own
 from pipeline.verifiers.cases import REWARDS, Alive, Case, Completion, Outcome, Reference, Verifier, shorten
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def load_custom(path: str) -> Verifier:
     """The verifier of an import path `package.module:function`. Raises RequestError where there is none."""
     module_name, _, name = path.partition(":")
     try:
-        module = importlib.import_module(module_name)
+        module = import_own(module_name)
         function = getattr(module, name)
     except Exception as error:  # noqa: BLE001  a user's module may raise anything while it is imported
         reason = shorten(f"{type(error).__name__}: {error}", 200)

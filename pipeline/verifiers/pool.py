@@ -22,6 +22,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline import modules
 from pipeline.errors import WorkError
 from pipeline.verifiers.cases import REWARDS, Case, Outcome, Share, Verdict, Verifier
 
@@ -77,7 +78,7 @@ class Nursery:
 
     def _start(self) -> socket.socket:
         self._control, theirs = socket.socketpair()
-        program = [sys.executable, "-m", "pipeline.verifiers.worker", str(theirs.fileno()), json.dumps(sys.path)]
+        program = modules.python("pipeline.verifiers.worker", theirs.fileno(), json.dumps(sys.path))
         home = str(Path(__file__).parents[2])
         paths = os.pathsep.join([home, *filter(None, [os.environ.get("PYTHONPATH")])])
         with theirs:

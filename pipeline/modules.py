@@ -1,0 +1,39 @@
+"""Which module a name stands for: ours and what is installed come first, a person's own folder last, in every process.
+
+`python -m` puts the current folder in front of everything, so that a `trainer.py`, a `pipeline/` or a `gql.py` of
+one's own would be taken for ours, or for what Dagster installs. Every child is therefore started with a safe path
+(Python's `-P`), and what children start in turn hears of it through PYTHONSAFEPATH.
+
+Modules that a person names (a verifier, `module:function`) are looked for among what is installed and on PYTHONPATH,
+then in the folders of OAPL_MODULES, separated by colons; unless it is set, that is the folder in which the command
+was started.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+SAFE, OWN = "PYTHONSAFEPATH", "OAPL_MODULES"
+
+
+def python(module: str, *words: object) -> list[str]:
+    """The command that runs one of our modules, or an installed one, as a process of its own."""
+    return [sys.executable, "-P", "-m", module, *map(str, words)]
+
+
+def settle() -> None:
+    """Called where a command begins: fixes the rule above for this process and all below it."""
+    os.environ[SAFE] = "1"
+    os.environ.setdefault(OWN, str(Path.cwd()))
+
+
+def import_own(name: str) -> ModuleType:
+    """The module that a person named, found by the rule above. Raises what importing it raises."""
+    for folder in os.environ.get(OWN, "").split(os.pathsep):
+        if folder and folder not in sys.path:
+            sys.path.append(folder)  # behind everything, and for what the module imports later, too
+    return importlib.import_module(name)
