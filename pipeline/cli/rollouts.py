@@ -138,7 +138,7 @@ def export(
 
         _wrote(out, export_dataset(located, out, licence=licence, title=title))
         return
-    from pipeline.sharing.exchange import export_foreign
+    from pipeline.sharing.exchange.importing import export_foreign
 
     _say(f"{out}: {export_foreign(located, out, form.value):,} rollouts as {form.value}")
 
@@ -160,7 +160,7 @@ def import_(
 
         _say(f"{out}: {import_dataset(source, out):,} rollouts, verified")
         return
-    from pipeline.sharing.exchange import import_foreign
+    from pipeline.sharing.exchange.importing import import_foreign
 
     _wrote(out, import_foreign(Path(source), out, form.value, tokenizer=tokenizer, task=task, licence=licence))
 

@@ -108,7 +108,7 @@ def first_process() -> bytes:
     """`inside.py`, compiled here, since the Python inside is the one that runs this, and compiling costs 3 ms."""
     here = Path(__file__).parent
     values = (here / "values.py").read_text(encoding="utf-8").replace("from typing import Any\n", "")
-    inside = (here / "inside.py").read_text(encoding="utf-8")
+    inside = (here / "inside" / "first.py").read_text(encoding="utf-8")
     future, rest = inside.split("from __future__ import annotations\n", 1)
     text = f"{future}from __future__ import annotations\n_VALUES = {values!r}\n{rest}"
     return marshal.dumps(compile(text, "inside.py", "exec", dont_inherit=True))

@@ -13,7 +13,7 @@ from pipeline.errors import RequestError
 from pipeline.rollouts.locate import locate
 from pipeline.rollouts.store import iter_batches, read_manifest
 from pipeline.rollouts.validate import validate
-from pipeline.sharing.exchange import OFFICIAL, export_foreign, import_foreign
+from pipeline.sharing.exchange.importing import OFFICIAL, export_foreign, import_foreign
 from pipeline.sharing.package import export_dataset, import_dataset
 
 

@@ -1,0 +1,1 @@
+"""Rollouts in the columns of other projects, in and out."""
