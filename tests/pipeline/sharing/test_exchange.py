@@ -13,7 +13,9 @@ from pipeline.errors import RequestError
 from pipeline.rollouts.locate import locate
 from pipeline.rollouts.store import iter_batches, read_manifest
 from pipeline.rollouts.validate import validate
-from pipeline.sharing.exchange.importing import OFFICIAL, export_foreign, import_foreign
+from pipeline.sharing.exchange.exporting import export_foreign
+from pipeline.sharing.exchange.importing import import_foreign
+from pipeline.sharing.exchange.official import OFFICIAL
 from pipeline.sharing.package import export_dataset, import_dataset
 
 

@@ -12,7 +12,7 @@ from pipeline.recipe import Verification
 from pipeline.verifiers import Case, Verdict, judge
 from pipeline.verifiers.cases import BadReference
 from pipeline.verifiers.code import in_runs, program, read_tests, same_output, same_value
-from pipeline.verifiers.values import CantCross, dumps, loads
+from pipeline.verifiers.inside.values import CantCross, dumps, loads
 
 SUM = {"inputs": ["1 2\n", "40 2\n", "5 5\n"], "outputs": ["3\n", "42\n", "10\n"]}
 ADD = {"fn_name": "add", "inputs": [[1, 2], [40, 2]], "outputs": [3, 42]}
