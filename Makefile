@@ -81,7 +81,7 @@ evidence: setup data/smollm2/prompts.jsonl
 
 # Writes the lock anew from what is installed in .venv.
 lock:
-	$(BIN)/python -m pip --disable-pip-version-check freeze --exclude-editable \
+	$(BIN)/python -m pip --disable-pip-version-check freeze --all --exclude-editable \
 		| grep -viE '^(torchvision|torchaudio|torchcodec|pycosat|oapl|pip|wheel|triton)\b' > requirements/cpu.txt
 
 clean:

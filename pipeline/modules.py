@@ -14,14 +14,25 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
+
+from pipeline.errors import RequestError
 
 SAFE, OWN = "PYTHONSAFEPATH", "OAPL_MODULES"
 
 
 def python(module: str, *words: object) -> list[str]:
-    """The command that runs one of our modules, or an installed one, as a process of its own."""
+    """The command that runs one of our modules as a process of its own.
+
+    Raises RequestError where Python would find another package of that name: PyPI has a `trainer`, too.
+    """
+    package = module.partition(".")[0]
+    found = find_spec(package)
+    if found is None or found.origin is None or Path(found.origin).parents[1] != Path(__file__).parents[1]:
+        where = "none is found" if found is None else f"another package here ({found.origin or found.name})"
+        raise RequestError(f"{package!r} is {where}; install oapl into an environment of its own")
     return [sys.executable, "-P", "-m", module, *map(str, words)]
 
 

@@ -19,6 +19,7 @@ import psutil
 import pytest
 from asset_world import REPOSITORY, World, child_environment, write_recipe
 from dagster_site import Site, wait_for
+from persons_folder import persons_folder
 
 from assets.running.instance import prepare_home
 from assets.running.web import locations, open_first_rounds, what_is_there, write_workspace
@@ -85,9 +86,11 @@ def started(root: Path, *words: str) -> Iterator[tuple[subprocess.Popen[str], li
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "assets.running.web", "--root", str(root), "--port", str(port), *words]
+    command = [sys.executable, "-P", "-m", "pipeline.cli", "ui", "--root", str(root), "--port", str(port), *words]
     ignoring = ["sh", "-c", "trap '' INT; exec \"$@\"", "sh", *command]
-    process = subprocess.Popen(ignoring, cwd=REPOSITORY, env=child_environment(), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        ignoring, cwd=persons_folder(), env=child_environment(), stderr=subprocess.PIPE, text=True
+    )
     assert process.stderr is not None
     said = []
     try:

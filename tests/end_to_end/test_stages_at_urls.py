@@ -14,6 +14,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from asset_world import HERE, QUICK_ENGINE, REPOSITORY
 from faulty_proxy import FaultyProxy, asked_for
 
 from pipeline.evaluation.pass_at_k import read_evaluation
@@ -21,7 +22,6 @@ from pipeline.rollouts.store import iter_batches
 from pipeline.sharing.bring import bring
 from pipeline.storage.objects import Objects
 
-ASSETS = Path(__file__).parents[1] / "assets"
 Stage = Callable[..., str]
 SMALL = ["--set=generation.max_model_len=96", "--set=generation.top_p=1.0", "--set=generation.dtype=float32"]
 LEARN = ["batch_size=4", "epochs=1", "ranks=2", "max_logprob_gap=1", "dtype=float32"]
@@ -50,7 +50,7 @@ def stage(tmp_path: Path) -> Stage:
 
 
 def environment(cache: Path) -> dict[str, str]:
-    folders = (Path(__file__).parents[2], ASSETS, ASSETS / "quick_engine")
+    folders = (REPOSITORY, HERE, QUICK_ENGINE)
     cache.mkdir(exist_ok=True)
     return {**os.environ, "OAPL_CACHE": str(cache), "PYTHONPATH": os.pathsep.join(map(str, folders))}
 

@@ -53,7 +53,7 @@ def test_a_missing_snapshot_is_said_before_anything_heavy(tmp_path: Path, oapl: 
 def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys; sys.argv = ['oapl', '--help']\n"
-        "from pipeline.cli import main\n"
+        "from pipeline.cli.main import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
         "heavy = {'torch', 'vllm', 'deepspeed', 'transformers', 'dagster', 'polars', 'pyarrow', 'sympy', 'numpy'}\n"

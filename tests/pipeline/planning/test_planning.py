@@ -293,7 +293,7 @@ def test_the_command_prints_what_the_arithmetic_says(oapl: Oapl, tmp_path: Path)
 
 
 def test_the_page_shows_what_the_command_prints(oapl: Oapl, tmp_path: Path) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "plan.md").read_text(encoding="utf-8").replace("\\\n", "")
+    page = (Path(__file__).parents[3] / "docs" / "plan.md").read_text(encoding="utf-8").replace("\\\n", "")
     shown = {" ".join(line.split()) for line in page.splitlines()}
     commands = [line.split() for line in shown if line.startswith("oapl plan") and "--verdicts-per-second" in line]
     assert {words[2] for words in commands} == {"qwen3-4b-math", "r1-14b-code"}

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from asset_world import REPOSITORY, World, child_environment
+from asset_world import World, child_environment
+from persons_folder import persons_folder
 
 LAUNCH = """mutation L($p: ExecutionParams!) { launchRun(executionParams: $p) {
     __typename ... on LaunchRunSuccess { run { runId } } ... on PythonError { message }
@@ -69,15 +70,15 @@ class Site:
 
 @contextmanager
 def served(world: World, *folders: Path) -> Iterator[Site]:
-    """`oapl ui` over the world's data folder, with `folders` on the path of all that it starts."""
+    """`oapl ui` over the world's data folder, begun in a person's own, with `folders` on the path of what it starts."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    words = [sys.executable, "-m", "assets.running.web", "--root", str(world.root), "--recipe", str(world.recipe)]
+    words = [sys.executable, "-P", "-m", "pipeline.cli", "ui", "--root", str(world.root)]
     with (world.root / "ui.log").open("w") as log:
         process = subprocess.Popen(
-            [*words, "--port", str(port)],
-            cwd=REPOSITORY,
+            [*words, "--recipe", str(world.recipe), "--port", str(port)],
+            cwd=persons_folder(),
             env=child_environment(*folders),
             stdout=log,
             stderr=subprocess.STDOUT,

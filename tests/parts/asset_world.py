@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from persons_folder import persons_folder
 
 from pipeline.layout import Run
 from pipeline.prompts import tiny
@@ -66,10 +67,10 @@ def child_environment(*folders: Path) -> dict[str, str]:
 
 
 def run_rounds(*words: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """`oapl run` as a person starts it, without a terminal."""
+    """`oapl run` as a person starts it, in a folder of their own, without a terminal."""
     return subprocess.run(
-        [sys.executable, "-m", "assets.run_rounds", *words],
-        cwd=REPOSITORY,
+        [sys.executable, "-P", "-m", "pipeline.cli", "run", *words],
+        cwd=persons_folder(),
         env=child_environment(),
         capture_output=True,
         text=True,
