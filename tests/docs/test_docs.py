@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from persons_folder import TAKEN
 
 REPOSITORY = Path(__file__).parents[2]
 PACKAGES = ("assets", "pipeline", "trainer", "benchmarks")
@@ -51,8 +52,8 @@ def missing_paths(text: str) -> list[str]:
     named = re.findall(rf"`((?:{'|'.join(FOLDERS)})/[\w./*\-]+)`", text)
     missing = [path for path in named if not any(REPOSITORY.glob(path.rstrip("/")))]
     files = [file for file in re.findall(r"`([\w/]+\.py)`", text) if file not in named]
-    # A page may leave out the folders above, where the name says enough.
-    return missing + [file for file in files if not any(place.match(file) for place in sources())]
+    # A page may leave out the folders above, where the name says enough; and it may speak of a person's own files.
+    return missing + [file for file in files if file not in TAKEN and not any(place.match(file) for place in sources())]
 
 
 @cache
@@ -85,7 +86,7 @@ def is_there(dotted: str) -> bool:
 
 def missing_modules(text: str) -> list[str]:
     """Of dotted names anywhere, code blocks among them."""
-    named = re.findall(rf"(?<![\w./-])((?:{'|'.join(PACKAGES)})(?:[.:]\w+)+)", text)
+    named = re.findall(rf"(?<![\w./-])((?:{'|'.join(PACKAGES)})(?:[.:](?!py\b)\w+)+)", text)
     return [name for name in named if not is_there(name)]
 
 
