@@ -36,10 +36,14 @@ def python(module: str, *words: object) -> list[str]:
     return [sys.executable, "-P", "-m", module, *map(str, words)]
 
 
+def told() -> dict[str, str]:
+    """What the environment of a child says of the rule above."""
+    return {SAFE: "1", OWN: os.environ.get(OWN, str(Path.cwd()))}
+
+
 def settle() -> None:
-    """Called where a command begins: fixes the rule above for this process and all below it."""
-    os.environ[SAFE] = "1"
-    os.environ.setdefault(OWN, str(Path.cwd()))
+    """Called where a command begins: fixes the rule for this process and all below it."""
+    os.environ |= told()
 
 
 def import_own(name: str) -> ModuleType:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from assets.running import leash
+from pipeline import modules
 
 PROGRESS = re.compile(r"^[a-z][a-z _]*: [\d,.]+/[\d,.]+ ")
 """How a stage says how far it is: `generate: 384/1024 completions, 9,812 tokens/s, 6 s left`."""
@@ -88,7 +89,7 @@ def leashed(
             stderr=subprocess.STDOUT,
             start_new_session=True,
             pass_fds=(held,),
-            env=dict(os.environ) | {"PYTHONUNBUFFERED": "1"} | dict(environment or {}),
+            env=dict(os.environ) | modules.told() | {"PYTHONUNBUFFERED": "1"} | dict(environment or {}),
             text=True,
             errors="replace",
         )

@@ -24,8 +24,10 @@ from pipeline.comparison.stages import Stages
 from pipeline.errors import RequestError, WorkError
 from pipeline.layout import Run
 from pipeline.policies import snapshots
+from pipeline.prompts.files import write_prompts
+from pipeline.prompts.sets import build_prompt_set, round_prompts
 from pipeline.recipe import Recipe
-from pipeline.rollouts.locate import SUMMARY
+from pipeline.rollouts.locate import SUMMARY, locate
 from pipeline.runs.open import changed_settings, open_run, run_recipe
 from pipeline.storage import durable
 
@@ -132,9 +134,6 @@ class _Base:
 
     def check(self) -> None:
         """Writes the prompts. Raises RequestError where there are not enough for a round."""
-        from pipeline.prompts.files import write_prompts
-        from pipeline.prompts.sets import build_prompt_set, round_prompts
-
         if self.stored:
             if not self.prompts.is_file():
                 raise RequestError(f"{self.prompts}: no such prompts; give a run's folder, as `oapl run` leaves it")
@@ -186,7 +185,6 @@ def _newest_start(run: Run) -> snapshots.Snapshot:
 
 def _policy_of(data: Stored) -> Path:
     """The snapshot that wrote the round: in the run's folder, or, as in a comparison, in one beside it."""
-    from pipeline.rollouts.locate import locate
     from pipeline.rollouts.store import read_manifest
 
     name = read_manifest(locate(data.run, data.round).rollouts).provenance.snapshot_id
@@ -223,9 +221,6 @@ def _make(cell: Cell, run: Run, base: _Base, stages: Stages, say: Say) -> None:
 
 
 def _take_prompts(cell: Cell, run: Run, base: _Base, round: int) -> None:
-    from pipeline.prompts.files import write_prompts
-    from pipeline.prompts.sets import round_prompts
-
     if not run.round_prompts(round).exists():
         taken = round_prompts(base.prompts, round, cell.recipe.prompts.per_round, cell.seed)
         write_prompts(run.round_prompts(round), taken)

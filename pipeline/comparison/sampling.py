@@ -18,10 +18,13 @@ from typing import Protocol
 from pipeline.ending import leave
 from pipeline.errors import OaplError
 from pipeline.generation.engine import Completion, Engine, Request
+from pipeline.generation.vllm_engine import VllmEngine
 from pipeline.layout import Run
+from pipeline.prompts.files import iter_prompts, read_prompts
 from pipeline.recipe import Generation, Recipe
 from pipeline.runs.open import run_recipe
 from pipeline.runs.stages import START_EVALUATION, note_stage
+from pipeline.scoring.score import score
 
 
 class Sampler(Engine, Protocol):
@@ -69,8 +72,6 @@ def _here(recipe: Recipe) -> Recipe:
 def _round(job: Job, recipe: Recipe, engine: _Kept, round: int) -> None:
     from pipeline.generation.batch import Work
     from pipeline.generation.generate import generate
-    from pipeline.prompts.files import read_prompts
-    from pipeline.scoring.score import score
 
     run = job.run
     prompts = read_prompts(run.round_prompts(round))
@@ -83,7 +84,6 @@ def _round(job: Job, recipe: Recipe, engine: _Kept, round: int) -> None:
 
 def _evaluate(job: Job, recipe: Recipe, engine: _Kept) -> None:
     from pipeline.evaluation.pass_at_k import evaluate, heldout
-    from pipeline.prompts.files import iter_prompts
 
     out = job.run.evaluation(job.evaluation)
     stage = START_EVALUATION if job.evaluation is None else "evaluate"
@@ -163,8 +163,6 @@ def _job() -> Job:
 
 
 def main() -> None:
-    from pipeline.generation.vllm_engine import VllmEngine
-
     try:
         sample(_job(), VllmEngine)
     except OaplError as error:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.comparison.run import all_cells
+
 if TYPE_CHECKING:
     import polars as pl
 
@@ -14,7 +16,6 @@ def show(out: Path) -> None:
     from rich.console import Console
 
     from pipeline.comparison.pictures import draw
-    from pipeline.comparison.run import all_cells
     from pipeline.comparison.table import measure, write
 
     table = measure(all_cells(out), out)

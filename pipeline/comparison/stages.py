@@ -12,6 +12,7 @@ from pipeline import modules
 from pipeline.comparison import sampling
 from pipeline.errors import RequestError, WorkError
 from pipeline.layout import Run
+from pipeline.policies import snapshots
 from pipeline.policies.fetch import find_policy
 from pipeline.runs.open import run_recipe
 from pipeline.runs.stages import START, note_stage
@@ -40,8 +41,6 @@ class Children:
         self._lock = lock
 
     def start(self, run: Run) -> None:
-        from pipeline.policies import snapshots
-
         policy = run_recipe(run).policy
         if policy.model is not None:
             snapshots.adopt(find_policy(policy.model), run.snapshots)

@@ -17,8 +17,11 @@ from pydantic import BaseModel, ConfigDict
 
 from pipeline.errors import RequestError, WorkError
 from pipeline.policies import snapshots
-from pipeline.prompts.files import Prompt
+from pipeline.prompts.files import Prompt, write_prompts
 from pipeline.recipe import Recipe
+from pipeline.scoring.score import score
+from pipeline.storage.places import local_path
+from pipeline.storage.working_copy import copy_of
 
 if TYPE_CHECKING:
     import polars as pl
@@ -100,8 +103,6 @@ def evaluate(
     """
     from pipeline.generation.batch import Work
     from pipeline.generation.generate import generate
-    from pipeline.prompts.files import write_prompts
-    from pipeline.scoring.score import score
 
     if not prompts:
         raise RequestError("no prompts to evaluate on; give a file whose 'split' is heldout, or has none")
@@ -128,9 +129,6 @@ def evaluate_to(
 
     What is sent to a URL is made in the cache. Where sending it failed, the same call sends it and measures nothing.
     """
-    from pipeline.storage.places import local_path
-    from pipeline.storage.working_copy import copy_of
-
     out = local_path(place)
     if out is not None:
         return evaluate(policy, prompts, recipe, out, start_engine)

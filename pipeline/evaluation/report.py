@@ -13,6 +13,7 @@ from pipeline.evaluation.curves import curve
 from pipeline.evaluation.plots import draw_rounds
 from pipeline.layout import Run, round_key
 from pipeline.runs.stages import STAGES, START_EVALUATION, read_stages
+from pipeline.scoring.score import read_summary
 
 if TYPE_CHECKING:
     from pipeline.evaluation.pass_at_k import Estimate
@@ -70,7 +71,6 @@ def _by_k(values: dict[int, Any]) -> dict[str, Any]:
 
 def _training_data(run: Run, round: int | None) -> dict[str, Any]:
     from pipeline.rollouts.store import read_manifest
-    from pipeline.scoring.score import read_summary
 
     if round is None:
         return {"generated": 0, "reward_mean": None, "tokens_mean": None}

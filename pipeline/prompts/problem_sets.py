@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import RequestError
+from pipeline.prompts.files import make_prompt, write_prompts
 
 if TYPE_CHECKING:
     from pipeline.prompts.files import Prompt
@@ -165,8 +166,6 @@ def read_dataset(
     `source` is what the prompts say they are from, the kind unless given. Raises RequestError that names the row of
     the first record it can't use; with a list in `skipped` such rows are left out, and why goes into it.
     """
-    from pipeline.prompts.files import make_prompt
-
     if kind not in DATASETS:
         raise RequestError(f"no dataset {kind!r}; known: {', '.join(DATASETS)}")
     for number, record in enumerate(_records(file), 1):
@@ -190,8 +189,6 @@ def import_prompts(
 
     Raises RequestError where a file can't be read, or where no prompt is left.
     """
-    from pipeline.prompts.files import write_prompts
-
     counts: dict[str, int] = {source: 0 for source, _ in files}
     seen: set[str] = set()
 

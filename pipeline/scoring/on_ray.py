@@ -20,6 +20,7 @@ from pipeline.errors import OaplError, RequestError, WorkError
 from pipeline.generation import cluster
 from pipeline.scoring.canaries import CANARIES
 from pipeline.scoring.references import Places, References
+from pipeline.storage.durable import write_durably
 from pipeline.verifiers import find_verifier, judge
 from pipeline.verifiers.cases import Case
 
@@ -196,8 +197,6 @@ def _check(asked: Asked) -> None:
 
 
 def _judge(cases: Iterator[Case], asked: Asked, file: Path) -> None:
-    from pipeline.storage.durable import write_durably
-
     lines: dict[int, str] = {}
     with contextlib.closing(judge(cases, asked.settings)) as verdicts:  # type: ignore[type-var]
         for verdict in verdicts:

@@ -21,6 +21,7 @@ from pipeline.rollouts.locate import SUMMARY
 from pipeline.scoring.canaries import CANARIES
 from pipeline.scoring.on_ray import judged_on_ray
 from pipeline.scoring.references import References
+from pipeline.storage.durable import replacing, sha256_file, write_durably
 from pipeline.verifiers import find_verifier, judge
 from pipeline.verifiers.cases import Case
 from pipeline.verifiers.spool import Spool
@@ -95,7 +96,6 @@ def score(
     is not in `prompts`.
     """
     from pipeline.rollouts.store import read_manifest
-    from pipeline.storage.durable import sha256_file, write_durably
 
     manifest = read_manifest(rollouts)
     with contextlib.closing(References(prompts)) as references:
@@ -251,7 +251,6 @@ class _Files:
         import pyarrow.parquet as pq
 
         from pipeline.rollouts.schema import SCHEMA_VERSION, VERDICTS
-        from pipeline.storage.durable import replacing
 
         schema = VERDICTS.with_metadata({b"oapl.schema_version": str(SCHEMA_VERSION).encode()})
         if name not in self._writers:

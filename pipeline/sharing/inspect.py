@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.rollouts.locate import Located
-from pipeline.rollouts.statistics import Statistics
+from pipeline.rollouts.statistics import Statistics, statistics
 from pipeline.rollouts.store import Manifest, iter_batches, read_manifest, split_groups
 from pipeline.rollouts.tables import prompt_batches, rows_with, verdict_batches
 
@@ -73,8 +73,6 @@ def attach(place: Located, groups: list[list[dict[str, Any]]]) -> list[Sample]:
 def show(place: Located, console: Console, samples: int = 2, seed: int = 0) -> None:
     """Prints the dataset's numbers, its provenance, and `samples` groups."""
     from rich.columns import Columns
-
-    from pipeline.rollouts.statistics import statistics
 
     manifest = read_manifest(place.rollouts)
     numbers = statistics(place, manifest)

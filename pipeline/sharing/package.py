@@ -23,9 +23,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import OaplError, RequestError, WorkError
+from pipeline.rollouts import schema
 from pipeline.rollouts.locate import EXTRAS, PROMPTS, ROLLOUTS, SUMS, VERDICTS, Located, locate
 from pipeline.rollouts.mirror import local_copy
+from pipeline.rollouts.statistics import statistics
 from pipeline.rollouts.store import iter_batches, read_manifest
+from pipeline.rollouts.tables import keep_order, prompt_batches, verdict_files
+from pipeline.rollouts.validate import validate
+from pipeline.sharing.card import write_card, write_croissant
 from pipeline.storage import durable
 from pipeline.storage.objects import filesystem_of, is_object_store
 from pipeline.storage.places import is_url
@@ -101,9 +106,6 @@ def copy_prompts(source: Path, target: Path, used: set[str]) -> None:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    from pipeline.rollouts import schema
-    from pipeline.rollouts.tables import prompt_batches
-
     target.parent.mkdir(parents=True, exist_ok=True)
     wanted = pa.array(sorted(used), pa.string())
     metadata = {"oapl.schema_version": str(schema.SCHEMA_VERSION), "oapl.table": "prompts"}
@@ -114,9 +116,6 @@ def copy_prompts(source: Path, target: Path, used: set[str]) -> None:
 
 def describe(folder: Path, licence: str, title: str | None) -> dict[str, Any]:
     """Writes card, Croissant and checksums of a dataset whose tables are in place; returns its numbers."""
-    from pipeline.rollouts.statistics import statistics
-    from pipeline.sharing.card import write_card, write_croissant
-
     place = locate(folder)
     manifest = read_manifest(place.rollouts)
     numbers = statistics(place, manifest)
@@ -130,8 +129,6 @@ def describe(folder: Path, licence: str, title: str | None) -> dict[str, Any]:
 
 def write_sums(folder: Path) -> None:
     """Writes SHA256SUMS, in the form that `sha256sum -c` reads; verdict files last, the newest at the end."""
-    from pipeline.rollouts.tables import verdict_files
-
     verdicts = [path.relative_to(folder).as_posix() for path in verdict_files(folder / VERDICTS)]
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     names = [*(name for name in names if name not in verdicts), *verdicts]
@@ -158,8 +155,6 @@ def import_dataset(source: str, out: Path, *, replace: bool = False) -> int:
     Everything is verified before `out` appears: each file's checksum, then what `validate` looks at. With `replace`
     an `out` that holds the same dataset already is left as it is. Raises RequestError or WorkError in one line.
     """
-    from pipeline.rollouts.tables import keep_order
-
     out = Path(out)
     with reading(source) as (read, where):
         sums_bytes = b"".join(read(SUMS))
@@ -179,8 +174,6 @@ def import_dataset(source: str, out: Path, *, replace: bool = False) -> int:
 
 def verified(folder: Path, where: str) -> int:
     """Rows of a dataset that has passed `validate`. Raises WorkError with the first problems of one that has not."""
-    from pipeline.rollouts.validate import validate
-
     place = locate(folder)
     problems = list(islice(validate(place), 4))
     if problems:

@@ -22,6 +22,7 @@ from multiprocessing.connection import Connection
 from types import SimpleNamespace
 from typing import Any
 
+from pipeline.verifiers import find_verifier
 from pipeline.verifiers.cases import Case, Outcome, Verifier, shorten
 from pipeline.verifiers.processes import end_descendants
 from pipeline.verifiers.sandbox import allow_nurseries
@@ -101,8 +102,6 @@ class _Line:
 
 
 def _judge(line: _Line, case: Case, settings: Any) -> None:
-    from pipeline.verifiers import find_verifier
-
     if case.task not in line.known:
         line.alive(IMPORT_S)
         for module in find_verifier(case.task).preload:
