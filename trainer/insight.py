@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.storage.durable import write_durably
 from trainer.passes import Pass
 
 
@@ -57,9 +57,7 @@ class Log:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in _whole_lines(path) if json.loads(line)["step"] in done]
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        partial.write_text("".join(kept), encoding="utf-8")
-        partial.rename(path)
+        write_durably(path, "".join(kept).encode())
         self._file = path.open("a", encoding="utf-8")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter

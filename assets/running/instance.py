@@ -12,6 +12,7 @@ import yaml
 
 from pipeline.errors import RequestError
 from pipeline.layout import dagster_home
+from pipeline.storage.durable import write_durably
 
 if TYPE_CHECKING:
     import dagster as dg
@@ -76,9 +77,7 @@ def prepare_home(data: Path) -> Path:
     home.mkdir(parents=True, exist_ok=True)
     file = home / "dagster.yaml"
     if not file.exists() or _is_own(file):
-        partial = home / f".dagster.yaml.{os.getpid()}"
-        partial.write_text(yaml.safe_dump(instance_config(str(home)), sort_keys=False), encoding="utf-8")
-        partial.rename(file)
+        write_durably(file, yaml.safe_dump(instance_config(str(home)), sort_keys=False).encode())
     return home
 
 

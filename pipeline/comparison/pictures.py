@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import html
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.comparison.table import TRAIN
 from pipeline.evaluation.plots import COLOURS, FAINT, INK, WIDTH, plain, smoothed
+from pipeline.storage.durable import replacing
 
 if TYPE_CHECKING:
     import polars as pl
@@ -50,9 +50,8 @@ def _figure(rows: int, title: str) -> tuple[Any, list[Any]]:
 
 def _save(figure: Any, place: Path) -> Path:
     place.parent.mkdir(parents=True, exist_ok=True)
-    partial = place.with_name(f".{place.name}.{os.getpid()}")
-    figure.savefig(partial, format="png", dpi=PIXELS / WIDTH)
-    partial.rename(place)
+    with replacing(place) as temporary:
+        figure.savefig(temporary, format="png", dpi=PIXELS / WIDTH)
     return place
 
 

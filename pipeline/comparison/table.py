@@ -33,6 +33,7 @@ from pipeline.comparison.run import learned
 from pipeline.evaluation.pass_at_k import Z95, Estimate, read_evaluation
 from pipeline.layout import Run
 from pipeline.runs.stages import START_EVALUATION, read_stages
+from pipeline.storage.durable import replacing
 
 if TYPE_CHECKING:
     import polars as pl
@@ -69,11 +70,10 @@ def measure(cells: Sequence[Cell], out: Path) -> pl.DataFrame:
 
 
 def write(table: pl.DataFrame, out: Path) -> Path:
-    """Writes the table beside its place and renames it into it."""
+    """Writes the table, whole or not at all."""
     place = out / FILE
-    partial = place.with_name(f".{place.name}.partial")
-    table.write_parquet(partial, compression="zstd")
-    partial.rename(place)
+    with replacing(place) as temporary:
+        table.write_parquet(temporary, compression="zstd")
     return place
 
 

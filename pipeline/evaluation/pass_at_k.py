@@ -20,6 +20,7 @@ from pipeline.policies import snapshots
 from pipeline.prompts.files import Prompt, write_prompts
 from pipeline.recipe import Recipe
 from pipeline.scoring.score import score
+from pipeline.storage.durable import replacing
 from pipeline.storage.places import local_path
 from pipeline.storage.working_copy import copy_of
 
@@ -213,9 +214,8 @@ def _write(table: pl.DataFrame, evaluation: Evaluation, out: Path) -> None:
     arrow = table.to_arrow()
     arrow = arrow.replace_schema_metadata({_FACTS: evaluation.model_dump_json().encode()})
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
-    pq.write_table(arrow, partial, compression="zstd")
-    partial.rename(out)
+    with replacing(out) as temporary:
+        pq.write_table(arrow, temporary, compression="zstd")
 
 
 def read_evaluation(path: Path) -> Evaluation:

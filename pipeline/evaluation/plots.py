@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pipeline.storage.durable import replacing
 
 if TYPE_CHECKING:
     from pipeline.evaluation.curves import Curve
@@ -44,9 +45,8 @@ def draw_rounds(
     _steps(axes[1][2], curves, "log_ratio", "Mean log-ratio log π − log μ, nats a sequence")
     for out, width in pictures.items():
         out.parent.mkdir(parents=True, exist_ok=True)
-        partial = out.with_name(f".{out.name}.{os.getpid()}")
-        figure.savefig(partial, format="png", dpi=width / WIDTH)
-        partial.rename(out)
+        with replacing(out) as temporary:
+            figure.savefig(temporary, format="png", dpi=width / WIDTH)
 
 
 def _pass_at_k(axis: Any, entries: Sequence[dict[str, Any]], task: str | None) -> None:

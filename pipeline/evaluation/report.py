@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from pipeline.evaluation.plots import draw_rounds
 from pipeline.layout import Run, round_key
 from pipeline.runs.stages import STAGES, START_EVALUATION, read_stages
 from pipeline.scoring.score import read_summary
+from pipeline.storage.durable import write_durably
 
 if TYPE_CHECKING:
     from pipeline.evaluation.pass_at_k import Estimate
@@ -96,9 +96,7 @@ def write_report(run: Run) -> list[dict[str, Any]]:
 
 def _replace(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.rename(path)
+    write_durably(path, text.encode())
 
 
 def name_of(round: int | None) -> str:

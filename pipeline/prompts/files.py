@@ -54,6 +54,7 @@ def write_prompts(path: Path, prompts: Iterable[Prompt]) -> int:
     from pipeline.rollouts.schema import PROMPTS, SCHEMA_VERSION
 
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Not as `durable` names it: beside rollouts, a driver that begins there would delete that.
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     schema = PROMPTS.with_metadata({b"oapl.schema_version": str(SCHEMA_VERSION).encode()})
     rows = 0

@@ -7,12 +7,10 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from pipeline.errors import RequestError, WorkError
 from pipeline.rollouts.locate import ROLLOUTS, SUMMARY, SUMS, UNFINISHED, VERDICTS, Located
 from pipeline.rollouts.manifest import MANIFEST, Manifest, Shard, parse_manifest
 from pipeline.storage import durable
+from pipeline.storage.cache import key_of, told
 from pipeline.storage.objects import Objects
 from pipeline.storage.working_copy import Copy, Marks, copy_of
 
@@ -89,7 +88,7 @@ def mirrored(url: str, cache: Path, round: int | None) -> tuple[Path, int | None
 
 def _mirrored(url: str, cache: Path, round: int | None) -> tuple[Path, int | None] | None:
     named = _ROUND.fullmatch(url)
-    with _told(url):
+    with told(url):
         if Objects(url).sizes([SUMS]):
             return None  # an exported dataset is imported, which verifies all of it
         if named is None and Objects(url).sizes([MANIFEST]):
@@ -117,16 +116,8 @@ def _mirrored(url: str, cache: Path, round: int | None) -> tuple[Path, int | Non
         return kept, int(newest.removeprefix("round="))
 
 
-@contextlib.contextmanager
-def _told(url: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise Objects(url).work_error(error) from error
-
-
 def _folder(cache: Path, url: str) -> Path:
-    return cache / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-mirror"
+    return cache / f"{key_of(url)}-mirror"
 
 
 def _mirror_rollouts(url: str, folder: Path) -> None:

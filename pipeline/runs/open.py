@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from pipeline.errors import RequestError
 from pipeline.layout import Run
 from pipeline.recipe import Recipe, differences, load_recipe
+from pipeline.storage.durable import replacing
 
 MAY_CHANGE = ("rounds", "nightly", "description")
 """Settings that a run in progress may be given anew: they change nothing of what was made."""
@@ -26,9 +26,8 @@ def open_run(data: Path, recipe: Recipe) -> Run:
             "give it another name with --set name=..., another --root, or the settings it has"
         )
     run.path.mkdir(parents=True, exist_ok=True)
-    partial = run.recipe.with_name(f".{run.recipe.name}.{os.getpid()}")
-    recipe.save(partial)
-    partial.rename(run.recipe)
+    with replacing(run.recipe) as temporary:
+        recipe.save(temporary)
     return run
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 from pipeline.rollouts.locate import Located, locate
 from pipeline.rollouts.mirror import mirrored
 from pipeline.sharing.hub import is_hub
 from pipeline.sharing.package import import_dataset
-from pipeline.storage.cache import cache_folder
+from pipeline.storage.cache import cache_folder, key_of
 from pipeline.storage.places import is_url
 
 
@@ -28,6 +27,6 @@ def bring(place: str | Path, round: int | None = None) -> Located:
         found = mirrored(url, cache_folder(), round)
         if found is not None:
             return locate(*found)
-    kept = cache_folder() / hashlib.sha256(url.encode()).hexdigest()[:16]
+    kept = cache_folder() / key_of(url)
     import_dataset(url, kept, replace=True)
     return locate(kept, round)

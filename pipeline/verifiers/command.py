@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import RequestError
+from pipeline.storage.durable import replacing
 from pipeline.verifiers import find_verifier, judge
 from pipeline.verifiers.cases import Case
-from pipeline.verifiers.spool import Spool, replace_file
+from pipeline.verifiers.spool import Spool
 
 if TYPE_CHECKING:
     from pipeline.recipe import Verification
@@ -36,8 +37,7 @@ def verify_file(
     if not out.parent.is_dir():
         raise RequestError(f"{out}: no folder {out.parent}; make it first")
     counts: Counter[str] = Counter()
-    mark = f"{out.name}.{os.getpid()}"
-    with Spool(out.with_name(f".{mark}.spool")) as spool:
+    with Spool(out.with_name(f".{out.name}.{os.getpid()}.spool")) as spool:
         cases = (Case(str(number), *fields) for number, (_, *fields) in enumerate(_read(file)))
         with contextlib.closing(judge(cases, settings)) as verdicts:  # type: ignore[type-var]
             for verdict in verdicts:
@@ -48,12 +48,8 @@ def verify_file(
         rows = (
             {**fields, "id": case_id} for (case_id, *_), (_, fields) in zip(_read(file), spool.in_order(), strict=True)
         )
-        written = out.with_name(f".{mark}.tmp")
-        try:
-            (_write_parquet if out.suffix == ".parquet" else _write_jsonl)(written, rows)
-            replace_file(written, out)
-        finally:
-            written.unlink(missing_ok=True)
+        with replacing(out) as temporary:
+            (_write_parquet if out.suffix == ".parquet" else _write_jsonl)(temporary, rows)
     return dict(counts)
 
 

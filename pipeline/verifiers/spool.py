@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from array import array
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -76,10 +75,3 @@ class Spool:
         self._file.close()
         if not self._keep or kind is None:
             self.path.unlink(missing_ok=True)
-
-
-def replace_file(written: Path, place: Path) -> None:
-    """Moves a finished file to its place, on disk before it appears there."""
-    with written.open("rb") as file:
-        os.fsync(file.fileno())
-    written.replace(place)
