@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -31,14 +32,21 @@ def python(module: str, *words: object) -> list[str]:
     package = module.partition(".")[0]
     found = find_spec(package)
     if found is None or found.origin is None or Path(found.origin).parents[1] != Path(__file__).parents[1]:
-        where = "none is found" if found is None else f"another package here ({found.origin or found.name})"
-        raise RequestError(f"{package!r} is {where}; install oapl into an environment of its own")
+        where = "not to be found" if found is None else f"another package here ({_place_of(found)})"
+        raise RequestError(
+            f"{package!r} is {where}; install oapl into an environment of its own, and look at PYTHONPATH"
+        )
     return [sys.executable, "-P", "-m", module, *map(str, words)]
 
 
+def _place_of(found: ModuleSpec) -> str:
+    return found.origin or ", ".join(found.submodule_search_locations or ())
+
+
 def told() -> dict[str, str]:
-    """What the environment of a child says of the rule above."""
-    return {SAFE: "1", OWN: os.environ.get(OWN, str(Path.cwd()))}
+    """What the environment of a child says of the rule above; folders absolute, since it may start elsewhere."""
+    folders = os.environ.get(OWN, ".").split(os.pathsep)
+    return {SAFE: "1", OWN: os.pathsep.join(str(Path(folder).absolute()) for folder in folders if folder)}
 
 
 def settle() -> None:

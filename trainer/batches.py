@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from pipeline.recipe import Learning
 from trainer.view import Sizes, View
-
-if TYPE_CHECKING:
-    pass
 
 
 def global_batches(view: View, settings: Learning, seed: int) -> Iterator[list[int]]:

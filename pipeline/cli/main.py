@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING
 
 import typer
 
@@ -18,9 +17,6 @@ from pipeline.cli.runs import run, ui
 from pipeline.cli.verdicts import verify
 from pipeline.ending import leave
 from pipeline.errors import OaplError
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -15,27 +15,18 @@ from pipeline.errors import RequestError
 if TYPE_CHECKING:
     from pipeline.recipe import Recipe
 
-
 RecipeOption = Annotated[str | None, typer.Option("--recipe", help="Name of a recipe, or a YAML file.")]
-
-
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY.PATH=VALUE", help="Replace a setting of the recipe; repeatable."),
 ]
-
-
 RootOption = Annotated[
     str, typer.Option("--root", help="Data folder, or its URL: runs and Dagster's records lie below it.")
 ]
-
-
 # Text, since a Path would make s3:/ of s3://.
 PolicyOption = Annotated[
     str, typer.Option("--policy", help="Policy in Hugging Face format, or a snapshot: a folder or a URL.")
 ]
-
-
 PromptsOption = Annotated[str, typer.Option("--prompts", help="Prompts, JSONL or Parquet; a file or a URL.")]
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from assets.running.supervisor import ChildFailed, run_child
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 
 # A child that has a grandchild in a session of its own, as launchers' ranks are, and one that shrugs SIGTERM off.
 FAMILY = """

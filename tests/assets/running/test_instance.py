@@ -10,7 +10,7 @@ import yaml
 
 from assets.running.instance import instance_config, prepare_home
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 
 KEEP_SOMETHING = """
 import dagster as dg
