@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,11 @@ import pytest
 from persons_folder import fill
 
 REPOSITORY = Path(__file__).parents[2]
+
+
+def alone() -> dict[str, str]:
+    """No other path than the environment's own."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
 @pytest.fixture(scope="module")
@@ -27,19 +33,19 @@ def oapl(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(REPOSITORY / name, tree)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
     built = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(tree)]
-    subprocess.run(built, check=True)
+    subprocess.run(built, env=alone(), check=True)
     (wheel,) = folder.glob("oapl-*.whl")
     python = folder / "env" / "bin" / "python"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / "env")], check=True)
-    subprocess.run([*pip, "--python", str(python), "install", "--no-deps", str(wheel)], check=True)
+    subprocess.run([*pip, "--python", str(python), "install", "--no-deps", str(wheel)], env=alone(), check=True)
     (site,) = (folder / "env").glob("lib/python*/site-packages")
     # Packages only: what is installed there as editable is not seen through a .pth file of another environment.
     (site / "needed.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return python.with_name("oapl")
 
 
-def run(oapl: Path, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(oapl), *words], cwd=folder, capture_output=True, text=True, timeout=300)
+def run(command: Path, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(command), *words], cwd=folder, env=alone(), capture_output=True, text=True, timeout=300)
 
 
 def test_it_is_the_wheel_that_runs(oapl: Path, tmp_path: Path) -> None:
@@ -74,7 +80,7 @@ def test_answers_and_programs_are_judged(oapl: Path, tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("command", ["run", "ui", "generate", "train", "evaluate", "compare", "plan", "rollouts"])
+@pytest.mark.parametrize("command", ["run", "ui", "train"])
 def test_each_command_says_what_it_does(oapl: Path, tmp_path: Path, command: str) -> None:
     done = run(oapl, fill(tmp_path), command, "--help")
     assert done.returncode == 0 and f"oapl {command}" in done.stdout, done.stderr
@@ -85,7 +91,7 @@ def test_the_learner_is_ours(oapl: Path, tmp_path: Path, random_policy: Path) ->
     words = ["--rollouts", "nothing-here", "--policy", str(random_policy), "--out", "out"]
     done = run(oapl, fill(tmp_path), "train", *words)
     assert (done.returncode, done.stderr.splitlines()[-1][:36]) == (2, "oapl: nothing-here: no such folder; ")
-    child = [str(oapl.with_name("python")), "-c", "from pipeline.modules import python; print(*python('trainer'))"]
-    command = subprocess.run(child, cwd=oapl.parent, capture_output=True, text=True, check=True).stdout.split()
-    said = subprocess.run([*command, "--help"], cwd=tmp_path, capture_output=True, text=True)
+    python = oapl.with_name("python")
+    command = run(python, oapl.parent, "-c", "from pipeline.modules import python; print(*python('trainer'))").stdout
+    said = run(python, tmp_path, *command.split()[1:], "--help")
     assert said.returncode == 0 and "python -m trainer" in said.stdout, said.stderr
