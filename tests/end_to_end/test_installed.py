@@ -50,9 +50,7 @@ def run(command: Path, folder: Path, *words: str) -> subprocess.CompletedProcess
 
 def test_it_is_the_wheel_that_runs(oapl: Path, tmp_path: Path) -> None:
     code = "import assets, pipeline.sharing.browse as browse, trainer; print(browse.__file__)"
-    done = subprocess.run(
-        [str(oapl.with_name("python")), "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True
-    )
+    done = run(oapl.with_name("python"), fill(tmp_path), "-P", "-c", code)
     assert done.stdout.startswith(str(oapl.parents[1])), done.stderr
     assert (Path(done.stdout.strip()).parent / "browse.html").is_file()
 
