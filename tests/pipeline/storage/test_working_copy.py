@@ -12,8 +12,9 @@ from faulty_proxy import FAULTS, FaultyProxy, asked_for
 from pipeline.errors import WorkError
 from pipeline.policies import snapshots
 from pipeline.policies.fetch import fetch_policy
+from pipeline.runs.at_url import MARKS
 from pipeline.storage import objects
-from pipeline.storage.working_copy import Copy
+from pipeline.storage.working_copy import Copy, Marks
 
 
 def published(random_policy: Path, url: str, folder: Path) -> Copy:
@@ -80,3 +81,34 @@ def test_a_copy_brings_and_sends_what_changed(bucket: str, proxy: FaultyProxy, t
     assert two.send(lambda name: True).files == 0
     two.bring(["b.txt"])
     assert (two.folder / "b.txt").read_text() == "third"
+
+
+def test_marks_say_what_is_sent_when() -> None:
+    names = [
+        "report/rounds.png",
+        "stages/round=0000.json",
+        "stages/round=0000.learn.yaml",
+        "learning/round=0000.json",
+        "learning/round=0000.jsonl",
+        "verdicts/round=0000/scoring.json",
+        "verdicts/round=0000/math-1.parquet",
+        "snapshots/000001-ab/snapshot.json",
+        "snapshots/000001-ab/model.safetensors",
+        "datasets/round=0000/SHA256SUMS",
+    ]
+    assert {name: MARKS.rank(name) for name in names} == dict(zip(names, (3, 2, 0, 1, 0, 1, 0, 1, 0, 1), strict=True))
+    assert not MARKS.hides("snapshots/.optimizer/000001-ab/moments.pt")
+    assert MARKS.hides("snapshots/.partial-1/model.safetensors") and MARKS.hides(".lease.json")
+    plain = Marks()
+    assert {plain.rank(name) for name in names} == {0} and plain.hides("snapshots/.optimizer/x")
+
+
+def test_a_record_is_announced_before_what_it_is_of(bucket: str, proxy: FaultyProxy, tmp_path: Path) -> None:
+    copy = Copy(bucket, tmp_path / "here", Marks(records=("whole.json",), unfinished={"whole.json": ".begun"}))
+    for name in ("a/whole.json", "a/data", "data"):
+        (copy.folder / name).parent.mkdir(exist_ok=True)
+        (copy.folder / name).write_text(name)
+    asked = asked_for(proxy, "PUT")
+    copy.send(lambda name: True)
+    order = [path.rpartition(f"/{bucket.rpartition('/')[2]}/")[2] for path in asked]
+    assert order == ["a/.begun", "a/data", "data", "a/whole.json"]
