@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -9,6 +12,7 @@ from typing import Any
 
 import polars as pl
 import pytest
+from persons_folder import fill
 from ray_parts import two_nodes
 from test_scoring import SETTINGS, Stopped, make_round, provenance, stop_after
 
@@ -84,3 +88,29 @@ def test_a_rollout_without_its_prompt_is_named(cluster: Any, tmp_path: Path) -> 
         scoring.score(rollouts, tmp_path / "other.parquet", tmp_path / "v", ON_RAY)
     with pytest.raises(RequestError, match=r"no node of the Ray cluster has 64 CPU; see verification\.workers"):
         scoring.score(rollouts, prompts, tmp_path / "v", ON_RAY.model_copy(update={"workers": 64}))
+
+
+def test_workers_take_nothing_of_a_persons_folder_for_ours(tmp_path: Path) -> None:
+    """On a cluster that starts with the command, at relative paths, with a verifier that lies in the folder."""
+    folder = fill(tmp_path)
+    (folder / "mine.py").write_text("def judge(completion, reference):\n    return completion.response == 'x'\n")
+    prompt = make_prompt("mine:judge", [("user", "?")], answer="x")
+    write_prompts(folder / "made" / "prompts.parquet", [prompt])
+    with RolloutWriter(folder / "made", provenance(), samples=4) as writer:
+        writer.add_group(
+            [
+                Rollout(f"{n:016x}", 0, "start", 0, prompt.prompt_id, n, [1], [2], [-0.5], "x" * n, "stop", n)
+                for n in range(4)
+            ]
+        )
+    words = ["verify", "made", "--set", "verification.engine=ray", "--set", "verification.workers=1"]
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "pipeline.cli", *words],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "4 verdicts, 1 correct, 3 wrong" in done.stdout
