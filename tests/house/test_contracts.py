@@ -24,6 +24,12 @@ PLANTED = {
         "def circle() -> None:\n    from pipeline.planning.arithmetic import plan\n",
     ),
     "assets and trainer stand on pipeline, beside each other": ("assets/checks.py", "import trainer.losses\n"),
+    "dagster is known in assets only, deepspeed in trainer only": ("pipeline/ending.py", "import deepspeed\n"),
+    "assets start the trainer and the engine, and import neither deepspeed nor vllm": (
+        "assets/config.py",
+        "def engine() -> None:\n    import vllm\n",
+    ),
+    "trainer knows neither Dagster nor the engine": ("trainer/schedule.py", "import dagster\n"),
     "vllm is imported in one module": ("pipeline/generation/fleet.py", "import vllm\n"),
 }
 
