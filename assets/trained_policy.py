@@ -100,8 +100,7 @@ def _bring_what_was_kept(work: Step) -> None:
     """Of a run at a URL: what the learner left for itself, perhaps on another machine."""
     if work.remote is None:
         return
-    if work.recipe.learning.keep_optimizer:
-        work.remote.bring_moments(_parent(work).snapshot_id)
+    work.remote.bring_kept(_parent(work).snapshot_id)
     if work.recipe.learning.behaviour != "engine":
         work.remote.bring_reference(work.replayed())
 

@@ -133,6 +133,8 @@ class Learning(_Part):
     """grpo: bounds of a token's importance ratio."""
     importance_cap: Annotated[float, Field(gt=0)] | None = None
     """grpo with `behaviour: recomputed`: largest weight of a token for what engine and trainer disagree by."""
+    optimizer: Literal["torch", "deepspeed"] = "torch"
+    """Whose AdamW: torch's fused one, or DeepSpeed's, which needs a compiler (nvcc, with `offload` a C++ one)."""
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = 1.5e-4
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     final_learning_rate: Annotated[float, Field(ge=0, le=1)] = 0.05
@@ -152,7 +154,7 @@ class Learning(_Part):
     micro_batch_tokens: Positive = 4096
     """Tokens, padding included, of a forward pass on one rank; the longest sequence may exceed it alone."""
     keep_optimizer: bool = True
-    """Carry Adam's moments from round to round."""
+    """Carry Adam's moments from round to round; float32 masters of bfloat16 weights, and adapters, always are."""
     drop_uniform_groups: bool = True
     """Leave out groups whose rewards are all equal; they stay in the dataset."""
     verifier_version: str | None = None
@@ -182,8 +184,8 @@ class Learning(_Part):
     activation_checkpointing: bool = False
     """Compute activations twice instead of keeping them."""
     lora_rank: Annotated[int, Field(ge=0)] = 0
-    """Rank of adapters on all linear layers, trained instead of the weights and merged into the snapshot; 0: none.
-    Moments are then kept within a round only."""
+    """Rank of adapters on all linear layers, trained instead of the weights and merged into the snapshot; 0: none. The
+    next round goes on with the adapters themselves."""
     lora_alpha: Positive = 32
     """Scale of the adapters; their update counts lora_alpha / lora_rank."""
     tensorboard: bool = False

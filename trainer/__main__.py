@@ -135,7 +135,7 @@ def _learn(arguments: argparse.Namespace, backend: str) -> None:
     from trainer.work import Round
 
     recipe, policy = load_recipe(arguments.recipe), fetch_policy(arguments.policy)
-    publishing.bring_moments(arguments.out, policy, recipe.learning)
+    publishing.bring_kept(arguments.out, policy, recipe.learning)
     deepspeed.init_distributed(backend, verbose=False)
     data = bring(arguments.rollouts, arguments.round)
     number = data.round if data.round is not None else read_manifest(data.rollouts).provenance.round

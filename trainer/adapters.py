@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch import Tensor
 
 from pipeline.errors import RequestError
+from pipeline.policies.tensors import Stored
+from trainer import wholes
 
 NAME = "default"
+FACTORS = (f"lora_A.{NAME}.weight", f"lora_B.{NAME}.weight")
+"""An adapter's weights below its module."""
 
 
 def add(model: Any, rank: int, alpha: int) -> None:
@@ -22,32 +26,36 @@ def add(model: Any, rank: int, alpha: int) -> None:
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
     inject_adapter_in_model(config, model, adapter_name=NAME)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name)
+        parameter.requires_grad_(is_adapter(name))
 
 
-def merged(model: Any, partitioned: bool) -> dict[str, torch.Tensor]:
-    """The weights as if the adapters had been part of them, under the names they had; `partitioned` by ZeRO-3.
+def fill(model: Any, values: Mapping[str, Stored]) -> None:
+    """Sets the adapters to stored ones, before they are shared out among ranks."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(wholes.as_tensor(values[name]))
 
-    The sum is made in float32 and rounded once.
-    """
-    import deepspeed
 
-    state: dict[str, torch.Tensor] = {}
-    seen: set[int] = set()  # a weight that is tied has one name in a snapshot
-    for path, module in model.named_modules():
-        adapted = hasattr(module, "lora_A")
-        own = [module] if not adapted else [module.base_layer, module.lora_A[NAME], module.lora_B[NAME]]
-        if not adapted and (".lora_" in path or path.endswith(".base_layer")):
-            continue
-        values = [value for part in own for value in part.parameters(recurse=False) if id(value) not in seen]
-        seen |= {id(value) for value in values}
-        kept = [pair for pair in own[0].named_parameters(recurse=False) if any(pair[1] is value for value in values)]
-        gather = deepspeed.zero.GatheredParameters(values) if partitioned else contextlib.nullcontext()
-        with gather:
-            if dist.get_rank() == 0:
-                for name, value in kept:
-                    whole = value.detach()
-                    if adapted and name == "weight":
-                        whole = (whole.float() + module.get_delta_weight(NAME).detach().float()).to(whole.dtype)
-                    state[f"{path}.{name}".lstrip(".")] = whole.cpu().clone()
-    return state
+def adapted(model: Any) -> dict[str, Any]:
+    """The modules that have an adapter, by the name that their weight has in a snapshot."""
+    return {f"{path}.weight": module for path, module in model.named_modules() if hasattr(module, "lora_A")}
+
+
+def snapshot_name(name: str) -> str:
+    """What a weight of the policy's own is called in a snapshot, where its module has an adapter around it."""
+    return name.replace(".base_layer.", ".")
+
+
+def is_adapter(name: str) -> bool:
+    return ".lora_" in name
+
+
+def factors(module: Any) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
+    """An adapter's A [rank, inputs] and B [outputs, rank]."""
+    return module.lora_A[NAME].weight, module.lora_B[NAME].weight
+
+
+def delta(module: Any, a: Tensor, b: Tensor) -> Tensor:
+    """What an adapter with these factors adds to its module's weight, float32. [outputs, inputs]"""
+    return (b.float() @ a.float()) * float(module.scaling[NAME])

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from pipeline.recipe import Learning
 from pipeline.storage import durable
 from trainer import engine as engines
+from trainer.ranks import wait
 
 POSITION = "position.json"
 
@@ -33,7 +34,7 @@ def save(engine: Any, folder: Path, identity: dict[str, Any], state: dict[str, A
         for old in folder.iterdir():
             if old.is_dir() and old.name != tag:
                 shutil.rmtree(old)
-    dist.barrier()
+    wait()
 
 
 def load(engine: Any, folder: Path, identity: dict[str, Any], settings: Learning) -> dict[str, Any] | None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,17 @@ import torch
 import torch.distributed as dist
 
 from pipeline.errors import RequestError
-from pipeline.policies.snapshots import MOMENTS, SHARING
 from pipeline.recipe import Learning, Recipe
 from pipeline.storage import durable
 from trainer import adapters, sequence
 from trainer.attention import register
+from trainer.kept import MASTER, Kept
+from trainer.loading import load_shared
 from trainer.logprobs import with_entropy
 from trainer.packing import Layout
 from trainer.passes import Pass
 from trainer.policy import load_policy
+from trainer.ranks import wait
 from trainer.sequence import Share, Team
 
 ALONE = Team()
@@ -77,39 +79,50 @@ def score(engine: Any, taken: Pass) -> torch.Tensor:
 def deepspeed_config(settings: Learning) -> dict[str, Any]:
     """What DeepSpeed is told. Accumulation is set by hand at each step, since its count follows the lengths."""
     # Without ZeRO, DeepSpeed would train bfloat16 weights themselves; from stage 1 on there are float32 master weights.
-    stage = max(settings.zero_stage, 1) if settings.dtype == "bfloat16" else settings.zero_stage
+    half = settings.dtype == "bfloat16"
+    stage = max(settings.zero_stage, 1) if half else settings.zero_stage
     zero: dict[str, Any] = {"stage": stage}
     if settings.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu"}
     if settings.offload == "all":
         zero["offload_param"] = {"device": "cpu"}
-    return {
+    told: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": settings.clip,
         "zero_optimization": zero,
-        # PyTorch's Adam serves on the host, too; DeepSpeed's needs a C++ compiler at first use.
+        # torch's AdamW serves on the host, too; DeepSpeed's needs a C++ compiler at first use.
         "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": settings.dtype == "bfloat16"},
-        "optimizer": {
-            "type": "AdamW",
-            "params": {
-                "lr": settings.learning_rate,
-                "betas": [settings.adam_beta1, settings.adam_beta2],
-                "eps": settings.adam_epsilon,
-                "weight_decay": settings.weight_decay,
-                # PyTorch's own Adam needs no compiler; on a GPU DeepSpeed's fused one is compiled at first use.
-                "torch_adam": not torch.cuda.is_available() or settings.offload != "none",
-            },
-        },
         "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": half},
+        # Gradients of many passes are added up, and reduced over ranks, in float32: in bfloat16 the sum stops growing
+        # where an addend is below a 256th of it.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
         "steps_per_print": 1 << 30,
         "wall_clock_breakdown": False,
     }
+    if settings.optimizer == "deepspeed":
+        told["optimizer"] = {"type": "AdamW", "params": {**_adam(settings), "torch_adam": False}}
+    return told
 
 
-def start(recipe: Recipe, policy: Path, temperature: float, team: Team) -> Any:
-    """The policy in a DeepSpeed engine, in training mode. Each rank calls it.
+def _adam(settings: Learning) -> dict[str, Any]:
+    return {
+        "lr": settings.learning_rate,
+        "betas": [settings.adam_beta1, settings.adam_beta2],
+        "eps": settings.adam_epsilon,
+        "weight_decay": settings.weight_decay,
+    }
+
+
+def _fused_adam(settings: Learning) -> Callable[[Any], torch.optim.Optimizer]:
+    """torch's AdamW in one kernel, on cards and on the host: compiled already, where DeepSpeed's are at first use."""
+    return lambda parameters: torch.optim.AdamW(parameters, **_adam(settings), fused=True)
+
+
+def start(recipe: Recipe, policy: Path, temperature: float, team: Team, kept: Kept | None = None) -> Any:
+    """The policy in a DeepSpeed engine, in training mode, with what was kept beside it. Each rank calls it.
 
     Raises RequestError where the policy computes something that the learner would not.
     """
@@ -119,19 +132,27 @@ def start(recipe: Recipe, policy: Path, temperature: float, team: Team) -> Any:
     settings = recipe.learning
     attention = register(settings.attention) if settings.packing else settings.attention
     dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
-    model = load_policy(policy, dtype, attention)
+    config = deepspeed_config(settings)
+    weights = kept.base if kept is not None and kept.base is not None else policy
+    if settings.zero_stage == 3:
+        model = load_shared(weights, dtype, attention, config)
+    else:
+        model = load_policy(weights, dtype, attention)
     _refuse_scaled_logits(model.config, policy)
     sequence.refuse_uneven_heads(model.config.get_text_config().num_attention_heads, team, policy)
     if settings.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if settings.lora_rank:
         adapters.add(model, settings.lora_rank, settings.lora_alpha)
+        if kept is not None:
+            adapters.fill(model, kept.tensors(MASTER))
     model.train()
     scored = Scored(model, temperature, team)
     engine, *_ = deepspeed.initialize(
         model=scored,
         model_parameters=[p for p in scored.parameters() if p.requires_grad],
-        config=deepspeed_config(settings),
+        optimizer=None if settings.optimizer == "deepspeed" else _fused_adam(settings),
+        config=config,
     )
     return engine
 
@@ -144,71 +165,13 @@ def _refuse_scaled_logits(config: Any, policy: Path) -> None:
             )
 
 
-def gathered(engine: Any, settings: Learning) -> dict[str, torch.Tensor]:
-    """The model's whole weights, adapters merged, on the host of rank 0; under ZeRO-3 they are gathered one by one."""
-    model = engine.module.model
-    if settings.lora_rank:
-        return adapters.merged(model, partitioned=settings.zero_stage == 3)
-    if settings.zero_stage < 3:
-        return {name: value.detach().cpu() for name, value in model.state_dict().items()}
-    import deepspeed
-
-    state = {}
-    for name, parameter in model.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter]):
-            if dist.get_rank() == 0:
-                state[name] = parameter.detach().cpu().clone()
-    return state
-
-
-def _sharing(settings: Learning) -> dict[str, Any]:
-    """What must be the same for DeepSpeed to read back what it wrote."""
-    return {"ranks": dist.get_world_size(), "zero_stage": settings.zero_stage, "dtype": settings.dtype}
-
-
-def load_moments(engine: Any, out: Path, snapshot_id: str, settings: Learning) -> bool:
-    """Goes on with the moments that were kept with the snapshot; False where there are none.
-
-    Snapshot and moments were written together, master weights among them; loading them changes no weight. Raises
-    RequestError where they were shared among the ranks in another way.
-    """
-    folder = out / MOMENTS / snapshot_id
-    if not settings.keep_optimizer or settings.lora_rank or not folder.is_dir():
-        return False
-    record = folder / SHARING
-    kept = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
-    if kept != _sharing(settings):
-        raise RequestError(
-            f"{folder}: kept under {kept}, not {_sharing(settings)}; learn with those settings, "
-            "or start moments anew with learning.keep_optimizer=false"
-        )
-    engine.load_checkpoint(str(folder.parent), tag=snapshot_id, load_lr_scheduler_states=False)
-    return True
-
-
-def keep_moments(engine: Any, out: Path, snapshot_id: str, parent: str, settings: Learning) -> None:
-    """Keeps the optimizer's state for the next round, whole or not at all; older ones than the parent's are deleted."""
-    if not settings.keep_optimizer or settings.lora_rank:
-        return
-    folder = out / MOMENTS
-    save_state(engine, folder, ".partial", settings)
-    if dist.get_rank() == 0:
-        (folder / ".partial" / SHARING).write_text(json.dumps(_sharing(settings)), encoding="utf-8")
-        shutil.rmtree(folder / snapshot_id, ignore_errors=True)
-        (folder / ".partial").rename(folder / snapshot_id)
-        for old in folder.iterdir():
-            if old.is_dir() and old.name not in (snapshot_id, parent):
-                shutil.rmtree(old)
-    dist.barrier()
-
-
 def save_state(engine: Any, folder: Path, tag: str, settings: Learning) -> None:
     """DeepSpeed's checkpoint of weights and optimizer, on the disk when this returns. Each rank calls it."""
     if dist.get_rank() == 0:
         shutil.rmtree(folder / tag, ignore_errors=True)
-    dist.barrier()
+    wait()
     engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=bool(settings.lora_rank))
-    dist.barrier()
+    wait()
     if dist.get_rank() == 0:
         for path in (folder / tag).iterdir():
             durable.sync_file(path)

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
-from trainer import batches, sequence
+from pipeline.policies import snapshots
+from trainer import batches, kept, sequence
 from trainer import engine as engines
+from trainer.kept import Kept
 from trainer.losses import Batch
 from trainer.passes import Pass, collate
 from trainer.policy import load_tokenizer
@@ -22,6 +24,8 @@ class Forward:
     """The policy at work in a DeepSpeed engine. Each rank makes one, and calls its methods when the others do."""
 
     engine: Any
+    kept: Kept | None
+    """What was kept beside the policy at work."""
 
     def __init__(self, work: Round, view: View) -> None:
         self.view, self.settings = view, work.recipe.learning
@@ -29,7 +33,7 @@ class Forward:
         self.attention = self.settings.attention if self.settings.packing else None
         """Kernel of packed passes; null where passes are padded."""
         self.pad = load_tokenizer(work.policy).pad_token_id or 0
-        self._recipe = work.recipe
+        self._work = work
 
     def start(self, policy: Path) -> None:
         """Takes up a policy, and lets go of the one before: two at once would not fit where one hardly does."""
@@ -37,8 +41,10 @@ class Forward:
             self.engine.destroy()
             del self.engine
             gc.collect()
-        sampled_at = temperature(self.view, self._recipe.generation.temperature)
-        self.engine = engines.start(self._recipe, policy, sampled_at, self.team)
+        recipe = self._work.recipe
+        sampled_at = temperature(self.view, recipe.generation.temperature)
+        self.kept = kept.find(self._work.out, policy, snapshots.load_record(policy), self.settings)
+        self.engine = engines.start(recipe, policy, sampled_at, self.team, self.kept)
 
     @property
     def device(self) -> torch.device:

@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,12 +15,10 @@ import torch.distributed as dist
 from pipeline.errors import RequestError, WorkError
 from pipeline.policies import snapshots
 from pipeline.progress import Progress
-from trainer import agreement, batches, checkpoints, insight
-from trainer import engine as engines
+from trainer import agreement, batches, checkpoints, insight, kept, writing
 from trainer.forward import Forward
 from trainer.losses import EXTRA, LOSSES, Settings, diagnostics
 from trainer.passes import Pass
-from trainer.policy import save_policy
 from trainer.ranks import from_rank_0
 from trainer.schedule import learning_rate
 from trainer.view import View
@@ -122,7 +119,10 @@ class _Learner:
             if not lagging:
                 agreement.attach_references(self.forward, self.work, self.behaviour, compute=False)
             return
-        engines.load_moments(self.engine, self.work.out, self.parent.snapshot_id, self.settings)
+        if self.forward.kept is not None:
+            kept.take_up(self.engine, self.forward.kept, self.settings)
+        else:
+            kept.take_up_earlier(self.engine, self.work.out, self.parent.snapshot_id, self.settings)
         if not lagging:
             self._compare()
 
@@ -238,28 +238,10 @@ class _Learner:
 
     def publish(self) -> snapshots.Snapshot:
         """Writes the next snapshot. Raises WorkError, publishing nothing, where a weight is not finite."""
-        state = engines.gathered(self.engine, self.settings)
-        chosen = from_rank_0(lambda: self._published(state))
-        engines.keep_moments(self.engine, self.work.out, chosen, self.parent.snapshot_id, self.settings)
+        step = self.parent.step + self.steps
+        chosen, survival = writing.publish(self.engine, self.work, self.parent, self.forward.kept, step)
+        self.facts["update_norm"], self.facts["rounded_away"] = survival.update**0.5, survival.share_lost
         return snapshots.load_record(self.work.out / chosen)
-
-    def _published(self, state: dict[str, torch.Tensor]) -> str:
-        for name, weight in state.items():
-            if not torch.isfinite(weight).all():
-                raise WorkError(f"learning made {name} non-finite; nothing was published. Lower learning.learning_rate")
-        model = self.engine.module.model
-
-        def fill(folder: Path) -> None:
-            save_policy(model, self.work.policy, folder, state)
-
-        return snapshots.publish(
-            self.work.out,
-            fill,
-            parent=self.parent.snapshot_id,
-            round=self.work.number,
-            step=self.parent.step + self.steps,
-            recipe_sha256=self.work.recipe.digest(),
-        ).snapshot_id
 
 
 SUMS = (

@@ -33,11 +33,15 @@ def load_tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
-def save_policy(model: Any, tokenizer_from: Path, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
-    """Writes weights and config in Hugging Face format, and the tokenizer's files as they were, byte for byte."""
+def save_settings(model: Any, tokenizer_from: Path, folder: Path) -> None:
+    """Writes what lies beside the weights in Hugging Face format, the tokenizer's files byte for byte as they were."""
     import shutil
 
-    model.save_pretrained(folder, state_dict=state, safe_serialization=True)
+    model.config.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
     for name in TOKENIZER_FILES:
         if (tokenizer_from / name).exists():
             shutil.copyfile(tokenizer_from / name, folder / name)

@@ -20,6 +20,7 @@ from pipeline.rollouts.tables import verdict_files
 from pipeline.storage.durable import sha256_file
 from pipeline.storage.places import local_path
 from pipeline.storage.working_copy import Copy, copy_of
+from trainer.kept import wanted
 from trainer.learner import learn
 from trainer.ranks import from_rank_0
 from trainer.work import Round
@@ -29,13 +30,18 @@ MARKS = replace(snapshots.MARKS, records=(*snapshots.MARKS.records, "learning*.j
 """Of what a round of learning leaves below `--out`."""
 
 
-def bring_moments(out: str, policy: Path, settings: Learning) -> None:
-    """Brings the optimizer's moments that were kept with the policy, where `out` is a URL and has some.
+def bring_kept(out: str, policy: Path, settings: Learning) -> None:
+    """Brings what was kept with the policy for learning to go on with, where `out` is a URL and has some.
 
     Before the ranks meet: they would take a long download for a loss.
     """
-    if local_path(out) is None and settings.keep_optimizer:
-        copy_of(out, MARKS).bring_folder(f"{snapshots.MOMENTS}/{snapshots.load_record(policy).snapshot_id}")
+    if local_path(out) is None and wanted(settings):
+        copy = copy_of(out, MARKS)
+        folder = f"{snapshots.MOMENTS}/{snapshots.load_record(policy).snapshot_id}"
+        copy.bring_folder(folder)
+        base = snapshots.kept_base(copy.folder / folder)
+        if base is not None:
+            copy.bring_folder(base)
 
 
 def learn_for(out: str, work: Round) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import json
 import shutil
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -19,9 +19,9 @@ from pipeline.storage.durable import sha256_file, sync_file, write_durably
 from pipeline.storage.working_copy import Marks
 
 RECORD = "snapshot.json"
-MOMENTS, SHARING = ".optimizer", "sharing.json"
-"""Beside the snapshots, the folder of optimizer states by snapshot; in each, the record of how ranks share it."""
-MARKS = Marks(records=(RECORD, SHARING), shown=(MOMENTS,), by_content=(RECORD,))
+MOMENTS, KEPT_RECORD = ".optimizer", "kept.json"
+"""Beside the snapshots, the folder of what is kept of each for the next round; there, the record of what it is."""
+MARKS = Marks(records=(RECORD, KEPT_RECORD), shown=(MOMENTS,), by_content=(RECORD,))
 """Of a folder of snapshots that is sent to a URL."""
 PARTIAL, KILLED_S = ".partial-", 24 * 3600
 KEPT = (".safetensors", ".json", ".jinja", ".model", ".txt")
@@ -52,7 +52,7 @@ class Snapshot(BaseModel):
 
 def publish(
     folder: Path,
-    fill: Callable[[Path], None],
+    fill: Callable[[Path], Mapping[str, str] | None],
     *,
     parent: str | None,
     round: int | None,
@@ -61,15 +61,16 @@ def publish(
 ) -> Snapshot:
     """Lets `fill` write a policy into a fresh folder, hashes it, and renames it to its place below `folder`.
 
-    Nobody sees a half-written snapshot; one that is there already is left as it is.
+    `fill` may return the hashes of files that it hashed while it wrote them. Nobody sees a half-written snapshot; one
+    that is there already is left as it is.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _forget_killed(folder)
     partial = folder / f"{PARTIAL}{uuid.uuid4().hex[:8]}"
     partial.mkdir()
     try:
-        fill(partial)
-        snapshot = describe(partial, parent=parent, round=round, step=step, recipe_sha256=recipe_sha256)
+        known = fill(partial) or {}
+        snapshot = describe(partial, parent=parent, round=round, step=step, recipe_sha256=recipe_sha256, known=known)
         (partial / RECORD).write_text(snapshot.model_dump_json(indent=2) + "\n", encoding="utf-8")
         for path in partial.iterdir():
             sync_file(path)
@@ -90,11 +91,19 @@ def _forget_killed(folder: Path) -> None:
                 shutil.rmtree(old, ignore_errors=True)
 
 
-def describe(folder: Path, *, parent: str | None, round: int | None, step: int, recipe_sha256: str | None) -> Snapshot:
-    """The record of the policy that lies in `folder`, hashes computed from its files."""
-    files = {
-        path.name: sha256_file(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name != RECORD
-    }
+def describe(
+    folder: Path,
+    *,
+    parent: str | None,
+    round: int | None,
+    step: int,
+    recipe_sha256: str | None,
+    known: Mapping[str, str] | None = None,
+) -> Snapshot:
+    """The record of the policy that lies in `folder`, hashes computed from its files where they are not `known`."""
+    known = known or {}
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != RECORD)
+    files = {name: known.get(name) or sha256_file(folder / name) for name in names}
     digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
     return Snapshot(
         snapshot_id=f"{step:06d}-{digest[:8]}",
@@ -107,6 +116,25 @@ def describe(folder: Path, *, parent: str | None, round: int | None, step: int, 
         recipe_sha256=recipe_sha256,
         files=files,
     )
+
+
+def put_kept(partial: Path, folder: Path, snapshot_id: str, parent: str) -> None:
+    """Renames what is kept with a snapshot to its place in `folder`; of others, only the parent's is kept on."""
+    for path in partial.iterdir():
+        sync_file(path)
+    shutil.rmtree(folder / snapshot_id, ignore_errors=True)
+    partial.rename(folder / snapshot_id)
+    sync_file(folder)
+    for old in folder.iterdir():
+        if old.is_dir() and old.name not in (snapshot_id, parent):
+            shutil.rmtree(old)
+
+
+def kept_base(folder: Path) -> str | None:
+    """The snapshot whose weights the adapters that are kept in `folder` belong to; null where there are none."""
+    record = folder / KEPT_RECORD
+    base = json.loads(record.read_bytes())["base"] if record.exists() else None
+    return None if base is None else str(base["snapshot_id"])
 
 
 def load_record(folder: Path) -> Snapshot:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import mmap
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from pipeline.policies.tensors import stored
 
 _EXPONENT = {"F32": (np.uint32, 0x7F800000), "F16": (np.uint16, 0x7C00), "BF16": (np.uint16, 0x7F80)}
 """For each float format, how to view it and the bits that are all set in infinities and NaNs only."""
@@ -26,26 +25,14 @@ class Weights:
 
 def compare(folder: Path, parent: Path) -> Weights:
     """Looks at each tensor of a snapshot's safetensors files beside its parent's; memory stays at a block's size."""
-    before = {name: values for file in sorted(parent.glob("*.safetensors")) for name, _, values in _tensors(file)}
+    before = stored(parent)
     total, changed, not_finite = 0, 0, []
-    for file in sorted(folder.glob("*.safetensors")):
-        for name, kind, values in _tensors(file):
-            total += 1
-            changed += name not in before or not _equal(values, before[name])
-            if not _finite(kind, values):
-                not_finite.append(name)
+    for name, tensor in stored(folder).items():
+        total += 1
+        changed += name not in before or not _equal(tensor.data, before[name].data)
+        if not _finite(tensor.dtype, tensor.data):
+            not_finite.append(name)
     return Weights(total, not_finite, changed)
-
-
-def _tensors(file: Path) -> Iterator[tuple[str, str, memoryview]]:
-    """(name, dtype, bytes) of each tensor. Source: the safetensors format, an 8-byte length, a JSON head, the data."""
-    with file.open("rb") as opened:
-        data = memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))
-    start = 8 + int.from_bytes(data[:8], "little")
-    for name, facts in json.loads(bytes(data[8:start])).items():
-        if name != "__metadata__":
-            first, last = facts["data_offsets"]
-            yield name, facts["dtype"], data[start + first : start + last]
 
 
 def _finite(kind: str, values: memoryview) -> bool:

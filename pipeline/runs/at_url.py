@@ -103,9 +103,13 @@ class RemoteRun:
             raise WorkError(f"{self.url}/{min(gone)}: is missing in the store; publish the snapshot again")
         return folder
 
-    def bring_moments(self, snapshot_id: str) -> None:
-        """The optimizer's state that was kept with a snapshot, if it was."""
-        self._copy.bring_folder(f"{self._name(self.run.snapshots)}/{snapshots.MOMENTS}/{snapshot_id}")
+    def bring_kept(self, snapshot_id: str) -> None:
+        """What was kept with a snapshot for the round that goes on from it, if anything was."""
+        folder = self.run.snapshots / snapshots.MOMENTS / snapshot_id
+        self._copy.bring_folder(self._name(folder))
+        base = snapshots.kept_base(folder)
+        if base is not None:
+            self._copy.bring_folder(self._name(self.run.snapshot(base)))
 
     def bring_reference(self, rounds: Collection[int]) -> None:
         """The recomputed log-probabilities of rounds."""

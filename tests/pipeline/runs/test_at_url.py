@@ -111,7 +111,7 @@ def test_another_machine_gets_what_it_needs_when_it_needs_it(
         (run.verdicts(0) / "math-1.parquet").exists() and run.round_prompts(0).exists() and run.log("learn", 0).exists()
     )
     assert snapshots.verify(remote.bring_snapshot(random_policy.name)) == snapshots.load_record(random_policy)
-    remote.bring_moments(random_policy.name)
+    remote.bring_kept(random_policy.name)
     assert (run.snapshots / ".optimizer" / random_policy.name / "moments.pt").read_text() == "large"
     assert len([row for batch in iter_batches(run.rollouts(0), ["sample"]) for row in batch[0]]) == 24
     assert locate(run.path, 0).rollouts == run.rollouts(0)
