@@ -185,11 +185,16 @@ def _weights(engine: Any, work: Round, began_with: Kept | None) -> Iterator[_Wei
         elif not leads:
             yield None
         elif value.requires_grad:
-            before = kept.get(name) or parent.get(name)
-            learned = trained.float().cpu()
-            yield _Weight(name, learned, None if before is None else wholes.as_tensor(before).float())
+            yield _Weight(name, trained.float().cpu(), _began(name, value.dtype, kept, parent))
         else:
             yield _Weight(name, trained.cpu())
+
+
+def _began(name: str, dtype: torch.dtype, kept: Mapping[str, Stored], parent: Mapping[str, Stored]) -> Tensor | None:
+    """The weight that learning started from, float32; null where transformers had it under another name."""
+    if name in kept:
+        return wholes.as_tensor(kept[name])
+    return wholes.as_tensor(parent[name]).to(dtype).float() if name in parent else None
 
 
 def _merged(name: str, own: Tensor, factors: list[Tensor], module: Any, kept: Mapping[str, Stored]) -> _Weight:

@@ -148,6 +148,6 @@ def _head(shard: Sequence[Planned]) -> bytes:
             "data_offsets": [at, at + planned.bytes],
         }
         at += planned.bytes
-    text = json.dumps(facts, separators=(",", ":")).encode()
+    text = json.dumps(facts, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8
     return len(text).to_bytes(8, "little") + text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import random
 import subprocess
 import sys
@@ -187,6 +188,57 @@ class Learned:
 
 def read_log(path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def learned(out: Path) -> Learned:
+    summary = json.loads((out / "learning.json").read_text(encoding="utf-8"))
+    return Learned(summary, read_log(out / "learning.jsonl"), out)
+
+
+RANK = """
+import os, pickle, sys
+from pathlib import Path
+import deepspeed, torch, torch.distributed as dist
+torch.set_num_threads(1)
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=int(os.environ["RANK"]),
+                        world_size=int(os.environ["WORLD_SIZE"]))
+deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+from pipeline.ending import leave
+from trainer import engine, logprobs
+from trainer.learner import learn
+# As with long sequences and large weights: several chunks of logits, not as many on each rank, and nothing that ZeRO-3
+# would rather keep whole.
+logprobs.CHUNK_ELEMENTS, logprobs.KEPT_ELEMENTS = 1200, 2400
+configured = engine.deepspeed_config
+def deepspeed_config(settings):
+    told = configured(settings)
+    told["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    return told
+engine.deepspeed_config = deepspeed_config
+for work in pickle.loads(Path(sys.argv[1]).read_bytes()):
+    learn(work)
+dist.barrier()
+leave()
+"""
+
+
+def learn_in_processes(count: int, works: list[Any], folder: Path) -> list[Learned]:
+    """Rounds of learning (`trainer.work.Round`) one after another, on `count` ranks of their own."""
+    (folder / "works").write_bytes(pickle.dumps(works))
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(folder / "works"), str(folder / "store")],
+            env=trainer_environment(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count)),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+    for rank in ranks:
+        _, errors = rank.communicate(timeout=900)
+        assert rank.returncode == 0, errors
+    return [learned(work.out) for work in works]
 
 
 def start_trainer(

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from learning_parts import Learned, Made, read_log, start_trainer, trainer_environment
+from learning_parts import Learned, Made, learn_in_processes, learned, start_trainer
 
 from pipeline.recipe import Recipe
+from pipeline.rollouts.locate import locate
+from trainer.work import Round
 
 Learn = Callable[..., Learned]
 Recipes = Callable[..., Recipe]
@@ -49,66 +47,18 @@ ONE_RANK: dict[str, dict[str, Any]] = {
     "all in one pass": {"micro_batch_tokens": 100_000},
 }
 
-RANK = """
-import os, pickle, sys
-from pathlib import Path
-import deepspeed, torch, torch.distributed as dist
-torch.set_num_threads(1)
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=int(os.environ["RANK"]),
-                        world_size=int(os.environ["WORLD_SIZE"]))
-deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
-from pipeline.ending import leave
-from trainer import engine, logprobs
-from trainer.learner import learn
-# As with long sequences and large weights: several chunks of logits, not as many on each rank, and nothing that ZeRO-3
-# would rather keep whole.
-logprobs.CHUNK_ELEMENTS, logprobs.KEPT_ELEMENTS = 1200, 2400
-configured = engine.deepspeed_config
-def deepspeed_config(settings):
-    told = configured(settings)
-    told["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    return told
-engine.deepspeed_config = deepspeed_config
-for work in pickle.loads(Path(sys.argv[1]).read_bytes()):
-    learn(work)
-dist.barrier()
-leave()
-"""
-
-
-def learned(out: Path) -> Learned:
-    summary = json.loads((out / "learning.json").read_text(encoding="utf-8"))
-    return Learned(summary, read_log(out / "learning.jsonl"), out)
-
 
 def learn_on(
     count: int, rounds: dict[str, dict[str, Any]], folder: Path, recipe: Recipes, dataset: Made, policy: Path
 ) -> dict[str, Learned]:
-    """The rounds, one after another in the same `count` processes."""
-    from pipeline.rollouts.locate import locate
-    from trainer.work import Round
-
+    """The rounds, each with those settings from the same policy, one after another in the same `count` processes."""
     works = []
     for number, settings in enumerate(rounds.values()):
         out = folder / str(number)
         out.mkdir()
         wanted = recipe(ranks=count, **settings)
         works.append(Round(wanted, locate(dataset.place), policy, out, out / "learning.jsonl", 0))
-    (folder / "works").write_bytes(pickle.dumps(works))
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(folder / "works"), str(folder / "store")],
-            env=trainer_environment(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count)),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(count)
-    ]
-    for rank in ranks:
-        _, errors = rank.communicate(timeout=900)
-        assert rank.returncode == 0, errors
-    return {name: learned(work.out) for name, work in zip(rounds, works, strict=True)}
+    return dict(zip(rounds, learn_in_processes(count, works, folder), strict=True))
 
 
 @pytest.fixture(scope="module")
