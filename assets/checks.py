@@ -27,6 +27,9 @@ LEAST_ENTROPY = 0.02
 MOST_LAG = 400
 """Optimizer steps between the policy that generated and the one that learns, up to which OAPL is reported stable
 (arXiv 2602.19362)."""
+MOST_ROUNDED = 0.1
+"""Share of a round's update that the snapshot's dtype may round away before a person should know."""
+ROUNDED_KEPT = "the next round goes on from the float32 weights, but what generates has not seen it"
 
 CHECKS: dict[str, dict[str, tuple[bool, str]]] = {
     "rollouts": {
@@ -43,6 +46,7 @@ CHECKS: dict[str, dict[str, tuple[bool, str]]] = {
         "logprob_gap": (True, "Engine and trainer agree on the data's log-probabilities within the recipe's bound."),
         "finite_weights": (True, "Every weight of the snapshot is finite."),
         "weights_changed": (True, "Learning changed the weights."),
+        "update_survives": (False, f"Publishing rounds away at most {MOST_ROUNDED:.0%} of what the round learned."),
         "lag": (False, f"The rollouts are at most {MOST_LAG} optimizer steps older than the policy that learned."),
     },
     "pass_at_k": {
@@ -135,12 +139,15 @@ def of_policy(
     apart = [] if abs(gap["mean"]) <= bound else [f"they differ by {gap['mean']:+.4f} nats a token, more than {bound}"]
     weights = compare(folder, parent)
     same = [] if weights.changed else ["no weight differs from the parent's"]
+    lost = summary.get("rounded_away", 0.0)
+    rounded = [] if lost <= MOST_ROUNDED else [f"{lost:.0%} of the update was rounded away; {ROUNDED_KEPT}"]
     lag = int(last.get("lag", 0))
     old = [] if lag <= MOST_LAG else [f"the rollouts are {lag} steps old"]
     return [
         _result("trained_policy", "logprob_gap", apart, **{key: float(value) for key, value in gap.items()}),
         _result("trained_policy", "finite_weights", [f"{name} is not finite" for name in weights.not_finite]),
         _result("trained_policy", "weights_changed", same, changed=weights.changed, tensors=weights.tensors),
+        _result("trained_policy", "update_survives", rounded, rounded_away=float(lost)),
         _result("trained_policy", "lag", old, lag=lag),
     ]
 

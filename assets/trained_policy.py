@@ -131,6 +131,7 @@ def _result(work: Step) -> Made:
                 "optimizer steps": summary["steps"],
                 "log-probability gap": summary["logprob_gap"]["mean"],
                 "log-probability gap, largest": summary["logprob_gap"]["max_abs"],
+                "update rounded away": summary.get("rounded_away", 0.0),
                 "sequences": summary["sequences"],
                 "groups without variance": summary["uniform_groups"] / max(1, summary["groups"]),
                 "tokens per second": summary["tokens"] / max(1e-9, summary["seconds"]),

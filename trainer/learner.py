@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -241,8 +242,17 @@ class _Learner:
         step = self.parent.step + self.steps
         chosen, survival = writing.publish(self.engine, self.work, self.parent, self.forward.kept, step)
         self.facts["update_norm"], self.facts["rounded_away"] = survival.update**0.5, survival.share_lost
+        if survival.share_lost > WORTH_TELLING and dist.get_rank() == 0:
+            sys.stderr.write(
+                f"{chosen}: {survival.share_lost:.0%} of what was learned is below {self.settings.dtype}'s resolution "
+                "and not in the snapshot; float32 weights are kept beside it, and a round in this folder goes on from "
+                "them\n"
+            )
         return snapshots.load_record(self.work.out / chosen)
 
+
+WORTH_TELLING = 0.1
+"""Share of an update that publishing may round away in silence."""
 
 SUMS = (
     "loss",

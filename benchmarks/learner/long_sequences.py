@@ -10,71 +10,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
-import pyarrow as pa
-import pyarrow.parquet as pq
-import torch
 
-from pipeline.policies import snapshots
+from benchmarks.learner.parts import random_policy, random_rollouts
 from pipeline.recipe import ColdStart
-from pipeline.rollouts.schema import VERDICTS, Rollout, rollout_id
-from pipeline.rollouts.store import Provenance, RolloutWriter
-from trainer.policy import make_model, make_tokenizer
 
 SHORT, PROMPTS, SAMPLES = 64, 1, 2
 
 
-def policy_of(folder: Path, tokens: int) -> Path:
-    """A random Qwen3 that has places for so many tokens."""
-    torch.manual_seed(0)
-    tokenizer = make_tokenizer([f"compute {a} + {b} = {a + b}" for a in range(30) for b in range(5)], 300)
-    model = make_model(
-        ColdStart(vocabulary=300, hidden=128, layers=2, heads=4, kv_heads=2, head_dim=32, mlp=512), tokenizer
-    )
-    model.config.max_position_embeddings = tokens + 1024
-
-    def fill(place: Path) -> None:
-        model.save_pretrained(place)
-        tokenizer.save_pretrained(place)
-
-    record = snapshots.publish(folder, fill, parent=None, round=None, step=0, recipe_sha256=None)
-    return folder / record.snapshot_id
-
-
-def rollouts_of(folder: Path, policy: Path, tokens: int) -> None:
-    """Groups of completions of so many random tokens, without log-probabilities, and verdicts for them."""
-    record, dice = snapshots.load_record(policy), random.Random(0)
-    origin = Provenance(
-        snapshot_id=record.snapshot_id, snapshot_sha256=record.sha256, snapshot_step=0, round=0,
-        sampling={"samples": SAMPLES, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_tokens": tokens},
-        logprobs_mode="missing", engine="none", engine_version="0", tokenizer_sha256=record.tokenizer_sha256,
-        chat_template_sha256=record.chat_template_sha256, code_version="0", prompts_sha256="",
-    )  # fmt: skip
-    verdicts = []
-    with RolloutWriter(folder, origin, samples=SAMPLES) as writer:
-        for number in range(PROMPTS):
-            name, prompt = f"{number:016x}", [dice.randrange(3, 250) for _ in range(8)]
-            group = []
-            for sample in range(SAMPLES):
-                row = rollout_id(record.snapshot_id, 0, name, sample, sample)
-                completion = [dice.randrange(3, 250) for _ in range(tokens)]
-                group.append(
-                    Rollout(row, 0, record.snapshot_id, 0, name, sample, prompt, completion, None, "", "stop", sample)
-                )
-                told: dict[str, Any] = {"rollout_id": row, "verifier": "drawn", "verifier_version": "1"}
-                told |= {"status": ("correct", "wrong")[sample % 2], "reward": float(sample % 2 == 0), "detail": ""}
-                verdicts.append(told | {"wall_ms": 0.0, "isolation": "none"})
-            writer.add_group(group)
-    (folder / "verdicts").mkdir()
-    pq.write_table(pa.Table.from_pylist(verdicts, VERDICTS), folder / "verdicts" / "drawn-1.parquet")
+SHAPE = ColdStart(vocabulary=300, hidden=128, layers=2, heads=4, kv_heads=2, head_dim=32, mlp=512)
 
 
 def learn(folder: Path, policy: Path, rollouts: Path, ranks: int, tokens: int) -> tuple[float, float, dict[str, float]]:
@@ -121,9 +71,9 @@ def main() -> None:
     print(f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.2f}; completions of {tokens:,} tokens")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        policy = policy_of(folder / "policy", tokens)
+        policy = random_policy(folder / "policy", SHAPE, tokens + 1024)
         for length in (SHORT, tokens):
-            rollouts_of(folder / f"rollouts-{length}", policy, length)
+            random_rollouts(folder / f"rollouts-{length}", policy, length, PROMPTS, SAMPLES)
         print("ranks   MiB a rank   seconds          loss     grad norm")
         for ranks in (1, 2):
             before, _, _ = learn(folder, policy, folder / f"rollouts-{SHORT}", ranks, SHORT)
