@@ -50,7 +50,9 @@ def cold_start(recipe: Recipe, out: Path) -> snapshots.Snapshot:
 
 
 def _train(model: Any, tokenizer: Any, settings: ColdStart, seed: int) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _linear(step, settings.steps))
     progress = Progress("cold start", settings.steps, "steps")
     for batch in islice(_batches(tokenizer, settings, seed), settings.steps):
