@@ -15,7 +15,7 @@ from pipeline.policies.snapshots import MOMENTS, SHARING
 from pipeline.recipe import Learning, Recipe
 from pipeline.storage import durable
 from trainer import adapters, sequence
-from trainer.attention import register
+from trainer.attention import chosen, register
 from trainer.logprobs import with_entropy
 from trainer.packing import Layout
 from trainer.passes import Pass
@@ -117,7 +117,7 @@ def start(recipe: Recipe, policy: Path, temperature: float, team: Team) -> Any:
 
     torch.manual_seed(recipe.seed)
     settings = recipe.learning
-    attention = register(settings.attention) if settings.packing else settings.attention
+    attention = register(chosen(settings)) if settings.packing else chosen(settings)
     dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
     model = load_policy(policy, dtype, attention)
     _refuse_scaled_logits(model.config, policy)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from trainer import batches, sequence
+from trainer import attention, batches, sequence
 from trainer import engine as engines
 from trainer.losses import Batch
 from trainer.passes import Pass, collate
@@ -26,7 +26,7 @@ class Forward:
     def __init__(self, work: Round, view: View) -> None:
         self.view, self.settings = view, work.recipe.learning
         self.team = sequence.form(self.settings.sequence_parallel)
-        self.attention = self.settings.attention if self.settings.packing else None
+        self.attention = attention.chosen(self.settings) if self.settings.packing else None
         """Kernel of packed passes; null where passes are padded."""
         self.pad = load_tokenizer(work.policy).pad_token_id or 0
         self._recipe = work.recipe

@@ -19,7 +19,7 @@ from pipeline.generation.generate import generate
 from pipeline.layout import Run
 from pipeline.planning.arithmetic import plan
 from pipeline.planning.measured import compare, finished_rounds
-from pipeline.planning.memory import CHUNK_ELEMENTS, KEPT_ELEMENTS, learner_memory
+from pipeline.planning.memory import learner_memory
 from pipeline.planning.terms import Given, Plan
 from pipeline.policies import snapshots
 from pipeline.policies.shapes import GIB, KNOWN, Shape, shape_of, show_bytes
