@@ -1,15 +1,17 @@
-"""Kernels that only cards have, by what their documentation says they compute: in float64, one segment after another."""
+"""Kernels that only cards have, by what is documented of them: in float64, one segment after another."""
 
 from __future__ import annotations
 
 import sys
 from importlib.machinery import ModuleSpec
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import varlen as torch_varlen
 
 from trainer import varlen
 
@@ -24,7 +26,7 @@ def segment_by_segment(
     assert query.shape[-1] % 8 == 0 and query.shape[1] % key.shape[1] == 0
     group = query.shape[1] // key.shape[1]
     found = []
-    for (first, last), (left, right) in zip(*(zip(part[:-1], part[1:], strict=True) for part in starts), strict=True):
+    for (first, last), (left, right) in zip(*(pairwise(part.tolist()) for part in starts), strict=True):
         q, k, v = (part.double().transpose(0, 1) for part in (query[first:last], key[left:right], value[left:right]))
         heads = [head // group for head in range(query.shape[1])]
         scores = q @ k[heads].transpose(1, 2) * scale
@@ -83,7 +85,7 @@ def module(name: str, **members: Any) -> ModuleType:
 
 def put_in_place(monkeypatch: pytest.MonkeyPatch, varlen_attn: Any = of_2_13) -> None:
     """Stand-ins for PyTorch's varlen_attn and for the package flash-attn, until the test ends."""
-    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(torch_varlen, "varlen_attn", varlen_attn)
     monkeypatch.setitem(sys.modules, "flash_attn", module("flash_attn", flash_attn_varlen_func=flash_attn_varlen_func))
-    monkeypatch.setattr(varlen, "of_torch", lambda: varlen.adapted(varlen_attn))
+    monkeypatch.setattr(varlen, "of_torch", varlen.of_torch.__wrapped__)
     monkeypatch.setattr(varlen, "of_library", varlen.of_library.__wrapped__)

@@ -1,4 +1,4 @@
-"""Each kernel against attention in float64 under a mask made pair by pair: outputs and gradients; and what is refused."""
+"""Each kernel against attention in float64 under a mask made pair by pair, with gradients; and what is refused."""
 
 from __future__ import annotations
 
@@ -33,16 +33,20 @@ def some_segments(seed: int, longest: int = 40) -> list[Segment]:
 
 
 def seen(segments: list[Segment]) -> Tensor:
-    """[tokens, tokens]: who sees whom, by the definition."""
-    own = [number for number, (length, _) in enumerate(segments) for _ in range(length)]
-    rows = [
-        [
-            column <= row and own[column] in (own[row], segments[own[row]][1])
-            for column in range(len(own))
-        ]
-        for row in range(len(own))
-    ]  # fmt: skip
-    return torch.tensor(rows)
+    """[tokens, tokens]: who sees whom. Its own segment up to itself, and all of its prompt."""
+    ends = [sum(length for length, _ in segments[: number + 1]) for number in range(len(segments))]
+    mask = torch.zeros(ends[-1], ends[-1], dtype=torch.bool)
+    for end, (length, prefix) in zip(ends, segments, strict=True):
+        mask[end - length : end, end - length : end] = torch.ones(length, length).tril().bool()
+        if prefix >= 0:
+            mask[end - length : end, ends[prefix] - segments[prefix][0] : ends[prefix]] = True
+    return mask
+
+
+def test_who_sees_whom_on_paper() -> None:
+    """A prompt of two, completions of one and two, another prompt of one."""
+    rows = [row.nonzero().flatten().tolist() for row in seen([(2, -1), (1, 0), (2, 0), (1, -1)])]
+    assert rows == [[0], [0, 1], [0, 1, 2], [0, 1, 3], [0, 1, 3, 4], [5]]
 
 
 def exact(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor) -> Tensor:
@@ -79,10 +83,9 @@ def test_it_is_attention(name: str, seed: int, size: int, monkeypatch: pytest.Mo
     given = inputs(len(mask), size=size)
     layout = lay_out(segments, kernel)
     if kernel == "flex":  # no gradients on a CPU
-        with torch.no_grad():
-            found, wanted = attention.KERNELS[kernel](*given, 0.3, layout), exact(*given, 0.3, mask)
-    else:
-        found, wanted = attention.KERNELS[kernel](*given, 0.3, layout), exact(*given, 0.3, mask)
+        given = [part.detach() for part in given]
+    found, wanted = attention.KERNELS[kernel](*given, 0.3, layout), exact(*given, 0.3, mask)
+    if kernel != "flex":
         weights = torch.randn(found.shape)
         for mine, right in zip(gradients(found, weights, given), gradients(wanted, weights, given), strict=True):
             torch.testing.assert_close(mine, right, rtol=0, atol=2e-5)
@@ -138,18 +141,17 @@ def test_a_mask_is_made_once_a_pass_and_the_kernel_compiled_for_all(monkeypatch:
     compiled = torch.compile(flex_attention, backend=counter, dynamic=True)
     monkeypatch.setattr("torch.nn.attention.flex_attention.flex_attention", compiled)
     made = []
-    monkeypatch.setattr(blocks, "_made", lambda layout, make=blocks._made: made.append(layout) or make(layout))
-    with torch.no_grad():
-        for seed in range(4):
-            segments = some_segments(seed, longest=60)
-            layout = lay_out(segments, "flex")
-            given = inputs(sum(length for length, _ in segments))
-            for _ in range(2):
-                found = blocks.attend(*given, 0.3, layout)
-            torch.testing.assert_close(found.double(), exact(*given, 0.3, seen(segments)), rtol=0, atol=2e-6)
+    monkeypatch.setattr(blocks, "_made", lambda layout, make=blocks._made: made.append(0) or make(layout))
+    for seed in range(4):
+        segments = some_segments(seed, longest=60)
+        layout = lay_out(segments, "flex")
+        given = [part.detach() for part in inputs(sum(length for length, _ in segments))]
+        for _ in range(2):
+            found = blocks.attend(*given, 0.3, layout)
+        torch.testing.assert_close(found.double(), exact(*given, 0.3, seen(segments)), rtol=0, atol=2e-6)
+        del layout
     assert len(made) == 4 and counter.frame_count <= 2
-    del layout, made
-    assert len(blocks._MASKS) == 0
+    assert len(blocks._MASKS) == 0  # nothing is kept of passes that are over
 
 
 def test_names_are_none_that_transformers_acts_on() -> None:

@@ -43,7 +43,7 @@ def test_every_step_says_what_it_did(learn_here: Learn, recipe: Recipes, dataset
 
 
 def test_the_gap_of_tokens_and_of_sequences(group_of_one: None) -> None:
-    """By hand, in two passes: gaps 0.5 and -0.25; one of which the engine said nothing; 1. Nothing of a whole sequence."""
+    """By hand, in two passes: gaps 0.5 and -0.25; of a token nothing, and 1; of a whole sequence nothing."""
     nothing = float("nan")
     gap = insight.Gap(torch.device("cpu"))
     trainer = torch.tensor([[-1.0, -2.0, 7.0], [-3.0, -1.0, -1.0]])

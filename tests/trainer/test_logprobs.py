@@ -81,7 +81,7 @@ def test_it_equals_all_logits_at_once(chunked: None, way: Head) -> None:
 
 
 def test_bfloat16_weights_sum_in_float32() -> None:
-    """Logits of bfloat16 weights are not rounded, and the softmax of 20,000 of them would be off by far in eight bits."""
+    """Logits of bfloat16 weights are not rounded; the softmax of 20,000 would be off by far in eight bits."""
     head, hidden, targets = of_bfloat16()
     found = token_logprobs(head, hidden, targets, 0.7)
     assert found.dtype == torch.float32
@@ -141,8 +141,8 @@ def test_bfloat16_gradients(where: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_chunks_follow_from_the_card() -> None:
-    """By hand: 80 GiB are 2^28 logits at a time, whatever it reports of them; of 151,936 words 1,766, which are 13 tiles
-    of 128; a card of 4 GiB, and one that is smaller, has a CPU's chunk."""
+    """By hand: 80 GiB are 2^28 logits at a time, whatever it reports of them; of 151,936 words 1,766, which are 13
+    tiles of 128; a card of 4 GiB, and one that is smaller, has a CPU's chunk."""
     gib = 1 << 30
     rows = [logits.logit_rows(151_936, memory * gib) for memory in (80, 79.1, 141, 24, 16, 15.8, 2)]
     assert [row.chunk for row in rows] == [1664, 1664, 3456, 384, 384, 384, 110]
