@@ -2,17 +2,17 @@
 
     python benchmarks/learner/head.py [--tokens 1024] [--vocabulary 16384] [--width 1024] [--repeat 3]
 
-Operands are bfloat16, as a policy in bfloat16 has them; float64 is computed from these very numbers. Errors: of a token's
-log-probability, mean and largest, in nats; relative, of the gradient for hidden and for the weight. Each way is timed
+Operands are bfloat16, as a policy in bfloat16 has them; float64 is computed from these very numbers. Errors: of a
+token's log-probability, mean and largest, in nats; relative, of the gradient for hidden and for the weight. Each is timed
 forward and backward, the ways in turn, the best of `--repeat`; ratios are to `before`.
 
 - `before`: logits rounded to bfloat16, softmax and the weight's gradient in float32 (as the learner did).
 - `now`: logits in float32. On a card from bfloat16 operands, on a CPU from float32 copies of them.
-- `as on a card`: what the card's products compute, on a CPU stood in for by float32 products of rounded operands; its time
-  there means nothing, and is not told.
+- `as on a card`: what the card's products compute, on a CPU stood in for by float32 products of rounded operands; its
+  time there means nothing, and is not told.
 - `float32`: weights and hidden taken to float32, all logits at once, and no gradient rounded.
-- `bfloat16 logits`: PyTorch's own, all of it in bfloat16 but for the softmax, which is what fused heads compute that keep
-  logits in the operands' dtype (Liger's fused_linear_cross_entropy by its source).
+- `bfloat16 logits`: PyTorch's own, all of it in bfloat16 but for the softmax, which is what fused heads compute that
+  keep logits in the operands' dtype (Liger's fused_linear_cross_entropy by its source).
 """
 
 from __future__ import annotations
@@ -144,7 +144,8 @@ def main() -> None:
     where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{where}; {told.tokens:,} tokens, {told.vocabulary:,} words, width {told.width:,}, bfloat16 operands\n")
     print(
-        "| | log-probability, nats: mean, largest | hidden's gradient | weight's gradient | seconds |\n|---|---|---|---|---|"
+        "| | log-probability, nats: mean, largest | hidden's gradient | weight's gradient | seconds |\n"
+        "|---|---|---|---|---|"
     )
     for name, (found, for_hidden, for_weight) in made.items():
         errors = (found.double() - exact[0]).abs()

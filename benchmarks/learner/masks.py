@@ -2,9 +2,9 @@
 
     python benchmarks/learner/masks.py [--tokens 4096 18432 36864] [--completions 8]
 
-Each in a process of its own; peak resident memory above what the process had before, by the best of two. `before` is
-create_block_mask, which evaluates the rule for every pair of tokens, as the kernel did in every layer; `now` is laid out
-on the host and built once a pass.
+Each in a process of its own; peak resident memory above what the process had before, the quicker of two. `before` is
+create_block_mask, which evaluates the rule for every pair of tokens, as the kernel did in every layer; `now` is laid
+out on the host and built once a pass.
 """
 
 from __future__ import annotations
