@@ -3,8 +3,8 @@
     python benchmarks/learner/head.py [--tokens 1024] [--vocabulary 16384] [--width 1024] [--repeat 3]
 
 Operands are bfloat16, as a policy in bfloat16 has them; float64 is computed from these very numbers. Errors: of a
-token's log-probability, mean and largest, in nats; relative, of the gradient for hidden and for the weight. Each is timed
-forward and backward, the ways in turn, the best of `--repeat`; ratios are to `before`.
+token's log-probability, mean and largest, in nats; relative, of the gradient for hidden and for the weight. Each is
+timed forward and backward, the ways in turn, the best of `--repeat`; ratios are to `before`.
 
 - `before`: logits rounded to bfloat16, softmax and the weight's gradient in float32 (as the learner did).
 - `now`: logits in float32. On a card from bfloat16 operands, on a CPU from float32 copies of them.
