@@ -15,6 +15,7 @@ import dagster as dg
 
 from assets.rounds import asset_key
 from pipeline.evaluation.pass_at_k import Evaluation
+from pipeline.recipe import Learning
 from pipeline.rollouts.locate import Located
 from pipeline.rollouts.statistics import Statistics
 from pipeline.rollouts.store import Manifest
@@ -43,7 +44,7 @@ CHECKS: dict[str, dict[str, tuple[bool, str]]] = {
         "reward_spread": (True, "Some group has both better and worse completions: there is something to learn."),
     },
     "trained_policy": {
-        "logprob_gap": (True, "Engine and trainer agree on the data's log-probabilities within the recipe's bound."),
+        "logprob_gap": (True, "Engine and trainer agree on the data's log-probabilities within the recipe's bounds."),
         "finite_weights": (True, "Every weight of the snapshot is finite."),
         "weights_changed": (True, "Learning changed the weights."),
         "update_survives": (False, f"Publishing rounds away at most {MOST_ROUNDED:.0%} of what the round learned."),
@@ -130,13 +131,17 @@ def _reward_problems(folder: Path) -> Iterator[str]:
 
 
 def of_policy(
-    folder: Path, parent: Path, summary: dict[str, Any], last: dict[str, Any], bound: float
+    folder: Path, parent: Path, summary: dict[str, Any], last: dict[str, Any], learning: Learning
 ) -> list[dg.AssetCheckResult]:
     from pipeline.policies.weights import compare
 
-    gap = summary["logprob_gap"]
+    gap, residual = summary["logprob_gap"], summary.get("residual_gap")
+    bound, of_residual = learning.max_logprob_gap, learning.max_residual_gap
     # Written so that NaN fails, too.
     apart = [] if abs(gap["mean"]) <= bound else [f"they differ by {gap['mean']:+.4f} nats a token, more than {bound}"]
+    if residual is not None and of_residual is not None and not abs(residual) <= of_residual:
+        apart.append(f"that moves a residual by {residual:+.4f} of a reward, more than {of_residual}")
+    told = gap if residual is None else {**gap, "residual": residual}
     weights = compare(folder, parent)
     same = [] if weights.changed else ["no weight differs from the parent's"]
     lost = summary.get("rounded_away", 0.0)
@@ -144,7 +149,7 @@ def of_policy(
     lag = int(last.get("lag", 0))
     old = [] if lag <= MOST_LAG else [f"the rollouts are {lag} steps old"]
     return [
-        _result("trained_policy", "logprob_gap", apart, **{key: float(value) for key, value in gap.items()}),
+        _result("trained_policy", "logprob_gap", apart, **{key: float(value) for key, value in told.items()}),
         _result("trained_policy", "finite_weights", [f"{name} is not finite" for name in weights.not_finite]),
         _result("trained_policy", "weights_changed", same, changed=weights.changed, tensors=weights.tensors),
         _result("trained_policy", "update_survives", rounded, rounded_away=float(lost)),

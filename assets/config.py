@@ -69,6 +69,11 @@ class LearningConfig(dg.Config):
         gt=0,
         description="Largest admitted mean difference of the learner's and engine's log-probabilities, nats a token.",
     )
+    max_residual_gap: float | None = Field(
+        default=RECIPE.learning.max_residual_gap,
+        gt=0,
+        description="oapl: largest admitted mean of their sum over a completion, times beta2, in units of reward.",
+    )
 
     def overrides(self) -> list[str]:
         return [*_overrides("learning", self.model_dump())]

@@ -122,6 +122,7 @@ def _result(work: Step) -> Made:
     last = _last_step(work)
     snapshot = snapshots.load_record(work.snapshot(summary["snapshot_id"]))
     parent = work.snapshot(summary["parent"])
+    residual = summary.get("residual_gap")
     seconds = read_stages(work.run, work.round).get(STAGE, {}).get("seconds", 0.0)
     work.say(f"{STAGE}: done, {summary['steps']:,} steps to {snapshot.snapshot_id}, {seconds:.1f} s")
     return dg.MaterializeResult(
@@ -132,6 +133,7 @@ def _result(work: Step) -> Made:
                 "log-probability gap": summary["logprob_gap"]["mean"],
                 "log-probability gap, largest": summary["logprob_gap"]["max_abs"],
                 "update rounded away": summary.get("rounded_away", 0.0),
+                **({} if residual is None else {"log-probability gap, of a residual": residual}),
                 "sequences": summary["sequences"],
                 "groups without variance": summary["uniform_groups"] / max(1, summary["groups"]),
                 "tokens per second": summary["tokens"] / max(1e-9, summary["seconds"]),
@@ -143,7 +145,7 @@ def _result(work: Step) -> Made:
             }
         ),
         check_results=checks.of_policy(
-            work.run.snapshot(snapshot.snapshot_id), parent, summary, last, work.recipe.learning.max_logprob_gap
+            work.run.snapshot(snapshot.snapshot_id), parent, summary, last, work.recipe.learning
         ),
         data_version=dg.DataVersion(snapshot.sha256),
     )

@@ -165,7 +165,11 @@ class Learning(_Part):
     """Whose log-probabilities stand for the behaviour policy: what the engine said when it sampled, or one forward
     pass of the trainer over the frozen snapshot, kept beside the rollouts."""
     max_logprob_gap: Annotated[float, Field(gt=0)] = 0.05
-    """Largest admitted |mean(recomputed - engine)| in nats a token, measured before learning."""
+    """Largest admitted |mean(trainer - engine)| in nats a token, measured before learning."""
+    max_residual_gap: Annotated[float, Field(gt=0)] | None = 0.05
+    """oapl: largest admitted |mean over completions of sum(trainer - engine)| x beta2, in units of reward: so much the
+    gap adds to each residual. 0.05 is less than any advantage of eight completions with rewards 0 and 1 and beta1 1
+    (the least is 0.08), so that no sign turns. null: no bound."""
     ranks: Positive = 1
     sequence_parallel: Positive = 1
     """Ranks that share each forward pass, for long sequences: each keeps that share of its activations. Divides `ranks`
@@ -176,8 +180,9 @@ class Learning(_Part):
     dtype: DType = "float32"
     """bfloat16 computes in bfloat16 and keeps float32 master weights in the optimizer (so it runs
     as zero_stage 1 at the least)."""
-    attention: Literal["sdpa", "eager", "flash", "flex"] = "sdpa"
-    """Kernel of attention; flash (needs flash-attn) and flex are for GPUs."""
+    attention: Literal["auto", "sdpa", "eager", "varlen", "flash", "flex"] = "auto"
+    """Kernel of attention. auto: varlen, PyTorch's own FlashAttention, on a card in bfloat16, else sdpa. flash (needs
+    the package flash-attn or kernels) and flex are for GPUs, too; eager is there to check the others by."""
     packing: bool = True
     """Completions one after another without padding, a group's prompt computed once. False pads, for a policy whose
     attention can't be packed."""
@@ -211,8 +216,8 @@ class Learning(_Part):
         needed = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
         if self.zero_stage < needed:
             raise ValueError(f"offload={self.offload} needs zero_stage {needed} or more, not {self.zero_stage}")
-        if self.attention in ("flash", "flex") and not self.packing:
-            raise ValueError(f"attention={self.attention} is for packed batches; leave packing on, or take sdpa")
+        if self.attention in ("varlen", "flash", "flex") and not self.packing:
+            raise ValueError(f"attention={self.attention} is for packed batches; leave packing on, or take auto")
         return self
 
 

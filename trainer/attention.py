@@ -1,4 +1,4 @@
-"""Attention over a packed stream, four kernels of it: the same result on different machines.
+"""Attention over a packed stream, five kernels of it: the same result on different machines.
 
 The learner compares a packed pass with plain causal attention on the policy itself before anything is learned, and
 refuses a policy for which they differ.
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipeline.errors import RequestError
 from pipeline.recipe import Learning
-from trainer import sequence
+from trainer import blocks, sequence, varlen
 from trainer.packing import Kernel, Layout
 from trainer.sequence import Share
 
@@ -62,52 +62,53 @@ def _eager(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     return weights.to(value.dtype) @ value
 
 
-def _flash(query: Tensor, key: Tensor, value: Tensor, scale: float, layout: Layout) -> Tensor:
-    from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
-
-    assert layout.keys is not None
-    # Where a segment has more keys than queries, flash aligns the causal mask to the right, as a prefix needs it.
-    attended: Tensor = flash_attn_varlen_func(
-        query,
-        key.index_select(0, layout.keys),
-        value.index_select(0, layout.keys),
-        layout.query_starts,
-        layout.key_starts,
-        layout.longest_query,
-        layout.longest_key,
-        softmax_scale=scale,
-        causal=True,
-    )
-    return attended
-
-
-def _flex(query: Tensor, key: Tensor, value: Tensor, scale: float, layout: Layout) -> Tensor:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    segment, prefix = layout.segment, layout.prefix
-    assert segment is not None and prefix is not None
-
-    def allowed(_batch: Tensor, _head: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        inside = (segment[column] == segment[row]) | (segment[column] == prefix[row])
-        return (column <= row) & inside
-
-    tokens = query.shape[0]
-    mask = create_block_mask(allowed, None, None, tokens, tokens, device=str(query.device))
-    kernel = torch.compile(flex_attention, dynamic=True) if query.is_cuda else flex_attention
-    q, k, v = (whole.transpose(0, 1).unsqueeze(0) for whole in (query, key, value))
-    attended: Tensor = kernel(q, k, v, block_mask=mask, scale=scale, enable_gqa=key.shape[1] != query.shape[1])
-    return attended.squeeze(0).transpose(0, 1)
+KERNELS: dict[str, Kernel] = {
+    "sdpa": _bucketed(_sdpa),
+    "eager": _bucketed(_eager),
+    "varlen": varlen.over_segments(lambda: varlen.of_torch()),
+    "flash": varlen.over_segments(lambda: varlen.of_library()),
+    "flex": blocks.attend,
+}
+"""Attention backends: sdpa everywhere; eager to check others by; varlen, flash and flex on a GPU."""
+NAMES = {
+    "sdpa": "packed-fused",
+    "eager": "packed-plain",
+    "varlen": "packed-varlen",
+    "flash": "packed-library",
+    "flex": "packed-blocks",
+}
+"""What transformers knows them by. It acts on names that contain flash, flex or sdpa
+(`get_correct_attn_implementation`, `is_flash_attention_requested`), and makes no mask for a name that it does not know
+(`masking_utils`)."""
 
 
-KERNELS: dict[str, Kernel] = {"sdpa": _bucketed(_sdpa), "eager": _bucketed(_eager), "flash": _flash, "flex": _flex}
-"""Attention backends: sdpa everywhere; eager to check others by; flash (flash-attn) and flex on a GPU."""
+def chosen(settings: Learning) -> str:
+    """The kernel that `settings.attention` names, or what `auto` stands for on this machine."""
+    if settings.attention != "auto":
+        return settings.attention
+    return "varlen" if settings.packing and settings.dtype == "bfloat16" and varlen.runs_here() else "sdpa"
+
+
+def refuse_missing(settings: Learning) -> None:
+    """Raises RequestError where this machine, or the settings' dtype, has not what the named kernel needs."""
+    named = settings.attention
+    if named in ("varlen", "flash") and settings.dtype == "float32":
+        raise RequestError(f"learning.attention={named} needs learning.dtype=bfloat16; or take sdpa")
+    if named == "varlen" and not varlen.runs_here():
+        raise RequestError(
+            "learning.attention=varlen needs an NVIDIA card, Ampere or newer, and PyTorch 2.10 or newer; take auto"
+        )
+    if named == "flash":
+        varlen.of_library()
+    if named == "flex" and not torch.cuda.is_available():
+        raise RequestError("learning.attention=flex has no backward pass on a CPU; take sdpa")
 
 
 def register(attention: str) -> str:
     """Makes the kernel known to transformers; returns the name to load a model with."""
     from transformers import AttentionInterface
 
-    name = f"packed-{'varlen' if attention == 'flash' else 'blocks' if attention == 'flex' else attention}"
+    name = NAMES[attention]
     kernel = KERNELS[attention]
 
     def attend(
@@ -139,10 +140,10 @@ def register(attention: str) -> str:
 
 
 @contextlib.contextmanager
-def plain_attention(model: Any) -> Iterator[None]:
-    """Plain causal attention for the time being, on padded passes."""
+def plain_attention(model: Any, kernel: str = "sdpa") -> Iterator[None]:
+    """Plain causal attention for the time being, on padded passes: transformers' own `sdpa` or `eager`."""
     packed = model.config._attn_implementation
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation(kernel)
     try:
         yield
     finally:
@@ -151,14 +152,23 @@ def plain_attention(model: Any) -> Iterator[None]:
 
 LEAK = {"float32": 1e-3, "bfloat16": 0.25}
 """Nats a token by which rounding alone may differ; a leak differs by more."""
+ROUNDING = 4
+"""Times as much as two plain kernels differ on the same tokens may be rounding, too: single tokens of a large policy
+are apart by more in bfloat16."""
 
 
-def refuse_difference(packed: Tensor, alone: Sequence[Tensor], settings: Learning, policy: Path) -> None:
-    """Raises RequestError where packed log-probabilities [sequences, tokens] are not those of each sequence alone."""
+def refuse_difference(
+    packed: Tensor, alone: Sequence[Tensor], again: Sequence[Tensor], settings: Learning, policy: Path
+) -> None:
+    """Raises RequestError where packed log-probabilities [sequences, tokens] are not those of each sequence alone.
+
+    `alone` and `again` are [tokens] each, of two plain kernels.
+    """
+    rounding = max((one - other).abs().max().item() for one, other in zip(alone, again, strict=True))
     worst = max((packed[number, : len(one)] - one).abs().max().item() for number, one in enumerate(alone))
-    if not worst <= LEAK[settings.dtype]:
+    if not worst <= max(LEAK[settings.dtype], ROUNDING * rounding):
         also = "" if settings.sequence_parallel == 1 else " and learning.sequence_parallel=1"
         raise RequestError(
             f"{policy}: packed, its log-probabilities differ by {worst:.3g} nats a token from those of each sequence "
-            f"alone (learning.attention={settings.attention}); set learning.packing=false{also}"
+            f"alone (learning.attention={chosen(settings)}); set learning.packing=false{also}"
         )

@@ -14,7 +14,7 @@ from pipeline.errors import RequestError
 from pipeline.recipe import Learning, Recipe
 from pipeline.storage import durable
 from trainer import adapters, sequence
-from trainer.attention import register
+from trainer.attention import chosen, register
 from trainer.kept import MASTER, Kept
 from trainer.loading import load_shared
 from trainer.logprobs import with_entropy
@@ -130,7 +130,7 @@ def start(recipe: Recipe, policy: Path, temperature: float, team: Team, kept: Ke
 
     torch.manual_seed(recipe.seed)
     settings = recipe.learning
-    attention = register(settings.attention) if settings.packing else settings.attention
+    attention = register(chosen(settings)) if settings.packing else chosen(settings)
     dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
     config = deepspeed_config(settings)
     weights = kept.base if kept is not None and kept.base is not None else policy

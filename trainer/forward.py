@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pipeline.policies import snapshots
-from trainer import batches, kept, sequence
+from trainer import attention, batches, kept, sequence
 from trainer import engine as engines
 from trainer.kept import Kept
 from trainer.losses import Batch
@@ -30,7 +30,7 @@ class Forward:
     def __init__(self, work: Round, view: View) -> None:
         self.view, self.settings = view, work.recipe.learning
         self.team = sequence.form(self.settings.sequence_parallel)
-        self.attention = self.settings.attention if self.settings.packing else None
+        self.attention = attention.chosen(self.settings) if self.settings.packing else None
         """Kernel of packed passes; null where passes are padded."""
         self.pad = load_tokenizer(work.policy).pad_token_id or 0
         self._work = work

@@ -17,30 +17,34 @@ from trainer.passes import Pass
 
 
 class Gap:
-    """Trainer's minus another's log-probability of the same tokens, in nats."""
+    """Trainer's minus another's log-probability of the same tokens, in nats, by tokens and by sequences."""
 
     def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(3, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
         self._worst = torch.zeros((), device=device)
 
     def add(self, trainer: Tensor, other: Tensor, mask: Tensor) -> None:
         """[sequences, tokens] each; tokens that the other said nothing of (not a number) are left out."""
         counted = mask & ~other.isnan()
         gap = (trainer - other).masked_fill(~counted, 0.0)
-        self._sums += torch.stack([gap.sum(), gap.abs().sum(), counted.sum()])
+        sequences = counted.any(dim=1)
+        self._sums += torch.stack([gap.double().sum(), gap.double().abs().sum(), counted.sum(), sequences.sum()])
         self._worst = torch.maximum(self._worst, gap.abs().max())
 
     def over_ranks(self) -> dict[str, float]:
-        """mean, mean_abs, max_abs and tokens, over all ranks; each rank calls it."""
+        """Over all ranks, each of which calls it: mean, mean_abs and max_abs of a token, tokens; and what a loss over
+        whole sequences feels, the mean of their sums, `sequence_mean`, with how many `sequences` there were."""
         dist.all_reduce(self._sums)
         dist.all_reduce(self._worst, op=dist.ReduceOp.MAX)
-        summed, summed_abs, tokens = self._sums.tolist()
+        summed, summed_abs, tokens, sequences = self._sums.tolist()
         each = max(1.0, tokens)
         return {
             "mean": summed / each,
             "mean_abs": summed_abs / each,
             "max_abs": self._worst.item(),
             "tokens": tokens,
+            "sequence_mean": summed / max(1.0, sequences),
+            "sequences": sequences,
         }
 
 

@@ -10,20 +10,17 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-Head = Callable[[Tensor], Tensor]
+from pipeline.logits import logit_rows
 
-CHUNK_ELEMENTS = 1 << 24
-"""Logits that are made at a time: 64 MiB in float32."""
-KEPT_ELEMENTS = 3 << 26
-"""Logits that are kept for the backward pass, 768 MiB in float32; those beyond are computed twice instead."""
+Head = Callable[[Tensor], Tensor]
 
 
 def token_logprobs(head: Head, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
     """log softmax(head(hidden) / temperature) at `targets`: hidden [tokens, width], targets [tokens] -> [tokens].
 
     The projection is done chunk by chunk. The backward pass needs the logits again: those of the first chunks are
-    kept, up to KEPT_ELEMENTS, and those of the others are computed anew, so that memory is bounded however many
-    tokens there are and however large the vocabulary is, and a pass that fits computes nothing twice. Softmax and
+    kept, and those of the others are computed anew, so that memory is bounded however many tokens there are and however
+    large the vocabulary is (`pipeline.logits`), and a pass that fits computes nothing twice. Logits, softmax and all
     sums are in float32 whatever the weights are. Nats.
     """
     return in_one_call(head, hidden, lambda call, inside: _in_chunks(head, call, inside, targets, temperature))
@@ -59,8 +56,9 @@ def in_one_call(head: Head, hidden: Tensor, work: Callable[[Head, Tensor], Tenso
 
 
 def _in_chunks(head: Any, call: Head, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    rows = max(1, CHUNK_ELEMENTS // getattr(head, "out_features", 1 << 17))
-    kept = rows * (KEPT_ELEMENTS // CHUNK_ELEMENTS)
+    memory = torch.cuda.get_device_properties(hidden.device).total_memory if hidden.is_cuda else None
+    together = logit_rows(getattr(head, "out_features", 1 << 17), memory)
+    rows, kept = together.chunk, together.kept
     if type(head) is torch.nn.Linear and head.bias is None:
         found: Tensor = Project.apply(hidden, head.weight, targets, temperature, rows, kept)  # type: ignore[no-untyped-call]
         return found
@@ -100,6 +98,9 @@ class Project(torch.autograd.Function):
     PyTorch's own way keeps the logits and their log-softmax, and adds up a gradient of the whole weight for each
     chunk. Here one buffer serves all chunks that are not kept, the gradient `(onehot - softmax) / temperature` is
     made in another, and the weight's gradient is summed where it lies.
+
+    Matrix products of bfloat16 weights have float32 sums and results. On a card the operands stay bfloat16, the logits'
+    gradient rounded to it; on a CPU, whose products would round their results, they are taken to float32 before.
     """
 
     @staticmethod
@@ -111,10 +112,11 @@ class Project(torch.autograd.Function):
         found, totals = hidden.new_empty(tokens, dtype=exact), hidden.new_empty(tokens, dtype=exact)
         needed = any(ctx.needs_input_grad)
         work = hidden.new_empty(min(rows, tokens), weight.shape[0], dtype=exact)
+        operand = _operand(weight, exact)
         ctx.kept = []
         for start in range(0, tokens, rows):
             part = slice(start, start + rows)
-            scaled = _scaled(hidden[part], weight, temperature, exact)
+            scaled = _scaled(hidden[part], operand, temperature, exact)
             best = scaled.amax(dim=-1, keepdim=True)
             exponentials = torch.sub(scaled, best, out=work[: scaled.shape[0]]).exp_()
             totals[part] = best.squeeze(-1) + exponentials.sum(dim=-1).log()
@@ -134,20 +136,41 @@ class Project(torch.autograd.Function):
         # Sums over tokens are float32 where the weight is not.
         for_weight = torch.zeros_like(weight, dtype=exact) if ctx.needs_input_grad[1] else None
         work = hidden.new_empty(min(rows, tokens), weight.shape[0], dtype=exact)
+        operand = _operand(weight, exact)
         each = (gradient / ctx.temperature).unsqueeze(-1)  # [tokens, 1]
         for number, start in enumerate(range(0, tokens, rows)):
             part = slice(start, start + rows)
             again = number >= len(ctx.kept)
-            scaled = _scaled(hidden[part], weight, ctx.temperature, exact) if again else ctx.kept[number]
+            scaled = _scaled(hidden[part], operand, ctx.temperature, exact) if again else ctx.kept[number]
             made = torch.sub(scaled, totals[part].unsqueeze(-1), out=work[: scaled.shape[0]])
             made.exp_().mul_(-each[part]).scatter_add_(-1, targets[part].unsqueeze(-1), each[part])
-            for_hidden[part] = made.to(weight.dtype) @ weight
+            made = made.to(operand.dtype)
+            for_hidden[part] = _product(made, operand, exact)
             if for_weight is not None:
-                for_weight.addmm_(made.t(), hidden[part].to(exact))
+                _add_product(for_weight, made.t(), hidden[part].to(operand.dtype))
         return for_hidden, for_weight if for_weight is None else for_weight.to(weight.dtype), None, None, None, None
 
 
-def _scaled(hidden: Tensor, weight: Tensor, temperature: float, exact: torch.dtype) -> Tensor:
+def _scaled(hidden: Tensor, operand: Tensor, temperature: float, exact: torch.dtype) -> Tensor:
     """Logits over the temperature, at least float32, in memory of their own. [tokens, vocabulary]"""
-    logits = (hidden @ weight.t()).to(exact)
+    logits = _product(hidden.to(operand.dtype), operand.t(), exact)
     return logits if temperature == 1 else logits.div_(temperature)
+
+
+def _operand(weight: Tensor, exact: torch.dtype) -> Tensor:
+    """As the products take it. A CPU knows no product of bfloat16 with a float32 result, so the weight is made float32
+    there, once a pass, which its gradient is anyway."""
+    return weight if weight.is_cuda else weight.to(exact)
+
+
+def _product(left: Tensor, right: Tensor, exact: torch.dtype) -> Tensor:
+    """left @ right, matrices of one dtype, in `exact`: cuBLAS sums in float32, and its result is not rounded."""
+    return left @ right if left.dtype == exact else torch.mm(left, right, out_dtype=exact)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, summed in total's dtype, where it lies."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from pipeline.progress import Progress
 from pipeline.recipe import Learning
 from pipeline.storage import durable
+from trainer import attention
 from trainer.batches import micro_batches
 from trainer.passes import Pass, collate
 from trainer.sequence import Team
@@ -151,11 +152,11 @@ def _scored(
     plan = micro_batches(usable, sizes, settings.micro_batch_tokens * team.size)
     count = torch.tensor(len(plan), device=device)
     dist.all_reduce(count, op=dist.ReduceOp.MAX)
-    attention = settings.attention if settings.packing else None
+    kernel = attention.chosen(settings) if settings.packing else None
     for number in range(int(count)):
         rows = plan[number] if number < len(plan) else []
         taken = [examples[row] for row in rows] or [_FILLER]
-        logprobs = score(collate(taken, group[rows].tolist() or [0], pad, attention).to(device)).cpu().numpy()
+        logprobs = score(collate(taken, group[rows].tolist() or [0], pad, kernel).to(device)).cpu().numpy()
         for line, row in enumerate(rows):
             found[row] = logprobs[line, : len(examples[row].completion_tokens)]
     return found

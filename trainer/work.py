@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-
 from pipeline.errors import RequestError
 from pipeline.layout import Run
 from pipeline.policies.snapshots import Snapshot
 from pipeline.recipe import Learning, Recipe
 from pipeline.rollouts.locate import Located, locate
 from pipeline.rollouts.store import Manifest
+from trainer import attention
 from trainer.view import View
 
 UNKNOWN = "unknown"
@@ -68,12 +67,7 @@ def replayed(work: Round) -> list[Located]:
 def refuse_missing_packages(settings: Learning) -> None:
     if settings.tensorboard and find_spec("tensorboard") is None:
         raise RequestError("learning.tensorboard needs the package tensorboard: pip install 'oapl[tensorboard]'")
-    if settings.attention == "flash" and find_spec("flash_attn") is None:
-        raise RequestError("learning.attention=flash needs the package flash-attn; install it, or take sdpa")
-    if settings.attention == "flash" and settings.dtype == "float32":
-        raise RequestError("learning.attention=flash needs learning.dtype=bfloat16; or take sdpa")
-    if settings.attention == "flex" and not torch.cuda.is_available():
-        raise RequestError("learning.attention=flex has no backward pass on a CPU; take sdpa")
+    attention.refuse_missing(settings)
 
 
 def refuse_foreign_tokens(parent: Snapshot, view: View, work: Round) -> None:

@@ -28,9 +28,9 @@ def plan(recipe: Recipe, shape: Shape, given: Given) -> Plan:
     lines = [*_model(shape), *_tokens(recipe, given)]
     values = {line.key: line.value for line in lines}
     lines += [*_time(recipe, given, values), *_engine(recipe, shape, given), *_disk(recipe, shape, given, values)]
-    memory = [learner_memory(recipe, shape, stage) for stage in range(4)]
+    memory = [learner_memory(recipe, shape, stage, given.gpu_memory) for stage in range(4)]
     settings = recipe.learning
-    formulas, longest = memory_formulas(recipe, shape), pass_tokens(recipe)
+    formulas, longest = memory_formulas(recipe, shape, given.gpu_memory), pass_tokens(recipe)
     checkpointing = settings.activation_checkpointing
     made = Plan(recipe.name, shape, lines, memory, formulas, runs_as(settings), checkpointing, longest, [])
     return replace(made, advice=list(advice(recipe, shape, given, made)))

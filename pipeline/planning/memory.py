@@ -7,13 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.logits import logit_rows
 from pipeline.planning.terms import Given, Memory, Plan
 from pipeline.policies.shapes import GIB, ITEM, Shape, show_bytes
 from pipeline.recipe import Learning, Recipe
 
-CHUNK_ELEMENTS = 1 << 24
-KEPT_ELEMENTS = 3 << 26
-"""Logits that the learner makes at a time and keeps, as in `trainer/logprobs.py`."""
 BUCKET_ELEMENTS = 500_000_000
 """Gradients that DeepSpeed gathers before it reduces them (its default reduce_bucket_size), allocated whole."""
 LIVE_ELEMENTS = 1_000_000_000
@@ -56,30 +54,31 @@ class _Factors:
     """Bytes a token of the last norm and its outputs that are scored."""
 
 
-def _factors(recipe: Recipe, shape: Shape) -> _Factors:
+def _factors(recipe: Recipe, shape: Shape, card: float | None) -> _Factors:
     settings = recipe.learning
     item, tokens = ITEM[settings.dtype], pass_tokens(recipe)
     adapters = shape.adapters(settings.lora_rank) if settings.lora_rank else 0
-    chunk = min(tokens, max(1, CHUNK_ELEMENTS // shape.vocabulary))
+    rows = logit_rows(shape.vocabulary, card and card * GIB)
+    in_flash = settings.attention in ("varlen", "flash", "flex") or (settings.attention == "auto" and item == 2)
     return _Factors(
         item,
         whole=shape.parameters + adapters,
         learned=adapters or shape.parameters,
         tokens=tokens,
-        chunk=chunk,
-        kept=min(tokens, chunk * (KEPT_ELEMENTS // CHUNK_ELEMENTS)),
-        layer=shape.activations(item, flash=settings.attention in ("flash", "flex")),
+        chunk=min(tokens, rows.chunk),
+        kept=min(tokens, rows.kept),
+        layer=shape.activations(item, flash=in_flash and settings.packing),
         outer=(4 + 2 * item) * shape.hidden,
     )
 
 
-def learner_memory(recipe: Recipe, shape: Shape, stage: int) -> Memory:
-    """One rank under that ZeRO stage, everything else as in the recipe.
+def learner_memory(recipe: Recipe, shape: Shape, stage: int, card: float | None = None) -> Memory:
+    """One rank under that ZeRO stage, everything else as in the recipe; `card` is its memory in GiB, where it is known.
 
     Source of the shares: Rajbhandari et al. 2020 (arXiv 1910.02054); of the rest: DeepSpeed 0.19's buffers and what
     `trainer/logprobs.py` makes.
     """
-    settings, of = recipe.learning, _factors(recipe, shape)
+    settings, of = recipe.learning, _factors(recipe, shape, card)
     stage = max(stage, 1) if settings.dtype == "bfloat16" else stage
     ranks, half = settings.ranks, of.item == 2
     shares = [ranks if stage >= least else 1 for least in (3, 2, 1)]
@@ -101,7 +100,7 @@ def learner_memory(recipe: Recipe, shape: Shape, stage: int) -> Memory:
         optimizer,
         gathered=min(of.whole, LIVE_ELEMENTS) * of.item if stage == 3 else 0,
         bucket=BUCKET_ELEMENTS * of.item if stage else 0,
-        logits=4 * shape.vocabulary * (of.kept + 2 * of.chunk),
+        logits=shape.vocabulary * (4 * (of.kept + 2 * of.chunk) + (2 * of.chunk if half else 0)),
         head_gradient=shape.embedding * (6 if half else 4) if own_head else 0,
         activations=of.tokens * (shape.layers * of.layer + of.outer),
         activations_checkpointed=of.tokens * (shape.layers * shape.hidden * of.item + of.outer),
@@ -111,9 +110,9 @@ def learner_memory(recipe: Recipe, shape: Shape, stage: int) -> Memory:
     )
 
 
-def memory_formulas(recipe: Recipe, shape: Shape) -> dict[str, str]:
+def memory_formulas(recipe: Recipe, shape: Shape, card: float | None = None) -> dict[str, str]:
     """How each number of `learner_memory` comes about, in numbers; P are the weights that are learned."""
-    settings, of = recipe.learning, _factors(recipe, shape)
+    settings, of = recipe.learning, _factors(recipe, shape, card)
     item, ranks, half = of.item, settings.ranks, of.item == 2
     weights = f"{of.whole:,}" if settings.lora_rank else "P"
     made = {
@@ -122,7 +121,7 @@ def memory_formulas(recipe: Recipe, shape: Shape) -> dict[str, str]:
         "optimizer": f"8 x P, and 4 x P of masters from stage 1, both / {ranks}; in stage 0 whole and without masters",
         "gathered": f"{item} x {min(of.whole, LIVE_ELEMENTS):,} weights, stage 3 alone",
         "bucket": f"{item} x {BUCKET_ELEMENTS:,}, from stage 1",
-        "logits": f"4 x {shape.vocabulary:,} words x ({of.kept:,} kept + 2 x {of.chunk:,} at work)",
+        "logits": f"4 x {shape.vocabulary:,} words x ({of.kept:,} kept + {2.5 if half else 2} x {of.chunk:,} at work)",
         "head_gradient": f"{6 if half else 4} x {shape.vocabulary:,} x {shape.hidden:,}, stages 0 to 2",
         "activations": f"{of.tokens:,} tokens x ({shape.layers} layers x {of.layer:,} + {of.outer:,} bytes)",
         "activations_checkpointed": f"{of.tokens:,} x ({shape.layers} x {item} x {shape.hidden:,} + {of.outer:,})",
@@ -194,7 +193,8 @@ def _fitting(recipe: Recipe, shape: Shape, gpu_memory: float, made: Plan) -> Ite
     for change in _changes(settings):
         settings = settings.model_copy(update=change)
         changes += [f"learning.{name}={str(value).lower()}" for name, value in change.items()]
-        trial = learner_memory(recipe.model_copy(update={"learning": settings}), shape, settings.zero_stage)
+        changed = recipe.model_copy(update={"learning": settings})
+        trial = learner_memory(changed, shape, settings.zero_stage, gpu_memory)
         least = trial.total(settings.activation_checkpointing)
         if least <= room:
             host = f", with {show_bytes(trial.host)} of the host's memory" if trial.host else ""

@@ -25,7 +25,7 @@ from pipeline.storage.objects import Objects
 
 SMALL: dict[str, Any] = {
     "generation": {"samples": 4, "max_model_len": 128, "dtype": "float32"},
-    "learning": {"batch_size": 8, "epochs": 1, "max_logprob_gap": 9},
+    "learning": {"batch_size": 8, "epochs": 1, "max_logprob_gap": 9, "max_residual_gap": 9},
     "policy": {"cold_start": {"steps": 5, "vocabulary": 448}},
     "evaluation": {"samples": 2, "ks": [1, 2]},
 }

@@ -205,11 +205,12 @@ dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=int(os
                         world_size=int(os.environ["WORLD_SIZE"]))
 deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
 from pipeline.ending import leave
-from trainer import engine, logprobs
+from pipeline import logits
+from trainer import engine
 from trainer.learner import learn
 # As with long sequences and large weights: several chunks of logits, not as many on each rank, and nothing that ZeRO-3
 # would rather keep whole.
-logprobs.CHUNK_ELEMENTS, logprobs.KEPT_ELEMENTS = 1200, 2400
+logits.CHUNK_ELEMENTS, logits.KEPT_ELEMENTS = 1200, 2400
 configured = engine.deepspeed_config
 def deepspeed_config(settings):
     told = configured(settings)

@@ -7,8 +7,10 @@ import os
 import sys
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
+from attention_parts import put_in_place
 from learning_parts import SMALL, TEXTS
 from test_packing import exact_logprobs, loss_and_gradients, our_logprobs, relative, some_examples
 
@@ -66,9 +68,10 @@ def main() -> None:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=rank, world_size=size)
     team = sequence.form(size)
+    put_in_place(pytest.MonkeyPatch())  # varlen's kernel, which is for cards
     found: dict[str, Any] = {
         f"{attention}, {loss}, {name}": errors(key_heads, attention, loss, team)
-        for attention in ("sdpa", "eager")
+        for attention in ("sdpa", "eager", "varlen")
         for loss in ("oapl", "grpo")
         for name, key_heads in KEY_HEADS.items()
     }

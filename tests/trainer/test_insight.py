@@ -7,14 +7,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from learning_parts import Learned, Made
 
 from pipeline.recipe import Recipe
-from trainer import insight
+from trainer import agreement, insight
 from trainer.passes import collate
 from trainer.policy import load_policy
+from trainer.view import Sizes
 
 Learn = Callable[..., Learned]
 Recipes = Callable[..., Recipe]
@@ -38,6 +40,30 @@ def test_every_step_says_what_it_did(learn_here: Learn, recipe: Recipes, dataset
     padded = learn_here(dataset.place, recipe(batch_size=1000, packing=False, epochs=1, micro_batch_tokens=10**6))
     longest = max(len(row.prompt_tokens) + len(row.completion_tokens) for row, _ in rows)
     assert padded.log[0]["padding"] == pytest.approx(1 - whole / (longest * len(rows)))
+
+
+def test_the_gap_of_tokens_and_of_sequences(group_of_one: None) -> None:
+    """By hand, in two passes: gaps 0.5 and -0.25; of a token nothing, and 1; of a whole sequence nothing."""
+    nothing = float("nan")
+    gap = insight.Gap(torch.device("cpu"))
+    trainer = torch.tensor([[-1.0, -2.0, 7.0], [-3.0, -1.0, -1.0]])
+    engine = torch.tensor([[-1.5, -1.75, 9.0], [nothing, -2.0, nothing]])
+    gap.add(trainer, engine, torch.tensor([[True, True, False], [True, True, False]]))
+    gap.add(torch.tensor([[-1.0]]), torch.tensor([[nothing]]), torch.tensor([[True]]))
+    assert gap.over_ranks() == {
+        "mean": pytest.approx(1.25 / 3), "mean_abs": pytest.approx(1.75 / 3), "max_abs": 1.0, "tokens": 3,
+        "sequence_mean": pytest.approx(1.25 / 2), "sequences": 2,
+    }  # fmt: skip
+
+
+def test_rows_on_which_a_leak_would_show() -> None:
+    """The pair of one prompt whose shorter one is longest, and the longest of another prompt; or what there is."""
+    prompt = np.full(6, 3)
+    sizes = Sizes(prompt, np.array([9, 400, 30, 90, 80, 7]), np.array([0, 0, 1, 2, 2, 2]), True)
+    assert agreement._telling(sizes) == [3, 4, 1]
+    assert agreement._telling(Sizes(prompt[:2], np.array([5, 8]), np.array([4, 4]), True)) == [1, 0]
+    assert agreement._telling(Sizes(prompt[:3], np.array([5, 8, 6]), np.array([0, 1, 2]), True)) == [1, 2]
+    assert agreement._telling(Sizes(prompt[:1], np.array([5]), np.array([0]), True)) == [0]
 
 
 @pytest.mark.parametrize("loss", ["grpo", "sft"])

@@ -131,9 +131,9 @@ def test_the_recipe_picks_the_verifiers_version(
 
 def test_moments_are_carried_into_the_next_round(learn_here: Learn, recipe: Recipes, dataset: Made) -> None:
     """Two rounds of one epoch with moments kept equal one of two epochs, the order of its batches aside."""
-    whole = recipe(batch_size=len(all_sequences(dataset, 1.0)), epochs=2, max_logprob_gap=9.0)
+    whole = recipe(batch_size=len(all_sequences(dataset, 1.0)), epochs=2, max_logprob_gap=9.0, max_residual_gap=None)
     in_one = learn_here(dataset.place, whole)
-    half = recipe(batch_size=len(all_sequences(dataset, 1.0)), epochs=1, max_logprob_gap=9.0)
+    half = recipe(batch_size=len(all_sequences(dataset, 1.0)), epochs=1, max_logprob_gap=9.0, max_residual_gap=None)
     first = learn_here(dataset.place, half)
     second = learn_here(dataset.place, half, parent=first.snapshot, out=first.out, number=1)
     assert second.summary["step"] == 2

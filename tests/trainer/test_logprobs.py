@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline import logits
 from trainer import logprobs
 from trainer.logprobs import sampled_entropy, token_logprobs
 
@@ -17,9 +18,9 @@ Head = Callable[[torch.nn.Linear], torch.nn.Module]
 @pytest.fixture(params=["all kept", "some kept", "none kept"])
 def chunked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Chunks of three tokens, of which all, two or none are kept for the backward pass."""
-    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 3 * 11)
+    monkeypatch.setattr(logits, "CHUNK_ELEMENTS", 3 * 11)
     kept = {"all kept": 100, "some kept": 2, "none kept": 0}[request.param]
-    monkeypatch.setattr(logprobs, "KEPT_ELEMENTS", kept * 3 * 11)
+    monkeypatch.setattr(logits, "KEPT_ELEMENTS", kept * 3 * 11)
     yield
 
 
@@ -80,13 +81,74 @@ def test_it_equals_all_logits_at_once(chunked: None, way: Head) -> None:
 
 
 def test_bfloat16_weights_sum_in_float32() -> None:
-    """The softmax of 20,000 logits would be off by far in bfloat16's eight bits."""
-    head = torch.nn.Linear(16, 20_000, bias=False, dtype=torch.bfloat16)
-    hidden = torch.randn(3, 16, dtype=torch.bfloat16)
-    found = token_logprobs(head, hidden, torch.tensor([0, 5, 19_999]), 1.0)
-    exact = torch.log_softmax(head(hidden).double(), dim=-1)[torch.arange(3), torch.tensor([0, 5, 19_999])]
+    """Logits of bfloat16 weights are not rounded; the softmax of 20,000 would be off by far in eight bits."""
+    head, hidden, targets = of_bfloat16()
+    found = token_logprobs(head, hidden, targets, 0.7)
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.double(), in_float64(head, hidden, targets)[0], rtol=0, atol=1e-5)
+
+
+def of_bfloat16() -> tuple[torch.nn.Linear, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    head = torch.nn.Linear(16, 20_000, bias=False, dtype=torch.bfloat16)
+    hidden = torch.randn(3, 16).bfloat16().requires_grad_()
+    return head, hidden, torch.tensor([0, 5, 19_999])
+
+
+def in_float64(
+    head: torch.nn.Linear, hidden: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probabilities at temperature 0.7, and gradients of their sum for hidden and weight."""
+    weight, values = head.weight.detach().double().requires_grad_(), hidden.detach().double().requires_grad_()
+    exact = torch.log_softmax(values @ weight.t() / 0.7, dim=-1)[torch.arange(len(targets)), targets]
+    exact.sum().backward()
+    assert values.grad is not None and weight.grad is not None
+    return exact.detach(), values.grad, weight.grad
+
+
+@pytest.mark.parametrize("where", ["on a CPU", "as on a card"])
+def test_bfloat16_gradients(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right but for one rounding to bfloat16 of what comes out; on a card the logits' gradient is rounded before, too.
+
+    A card's products are stood in for by what PyTorch says of `out_dtype`: operands in bfloat16, sums in float32.
+    """
+    head, hidden, targets = of_bfloat16()
+    if where == "as on a card":
+        multiply, add = torch.mm, torch.addmm
+
+        def mm(left: torch.Tensor, right: torch.Tensor, *, out_dtype: torch.dtype) -> torch.Tensor:
+            assert left.dtype == right.dtype == torch.bfloat16 and out_dtype == torch.float32
+            return multiply(left.float(), right.float())
+
+        def addmm(
+            total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, out_dtype: torch.dtype, out: torch.Tensor
+        ) -> torch.Tensor:
+            assert left.dtype == right.dtype == torch.bfloat16 and total.dtype == out_dtype == torch.float32
+            return out.copy_(add(total, left.float(), right.float()))
+
+        monkeypatch.setattr(torch, "mm", mm)
+        monkeypatch.setattr(torch, "addmm", addmm)
+        monkeypatch.setattr(logprobs, "_operand", lambda weight, exact: weight)
+    found = token_logprobs(head, hidden, targets, 0.7)
+    found.sum().backward()
+    wanted = in_float64(head, hidden, targets)
+    torch.testing.assert_close(found.double(), wanted[0], rtol=0, atol=1e-5)
+    for mine, right in zip((hidden.grad, head.weight.grad), wanted[1:], strict=True):
+        assert mine is not None and mine.dtype == torch.bfloat16
+        apart = (mine.double() - right).norm() / right.norm()
+        # Rounding to eight bits is off by 2^-9 at the most; by a third of 2^-8 on the root mean square.
+        assert apart < (2**-9 if where == "on a CPU" else 2**-8)
+
+
+def test_chunks_follow_from_the_card() -> None:
+    """By hand: 80 GiB are 2^28 logits at a time, whatever it reports of them; of 151,936 words 1,766, which are 13
+    tiles of 128; a card of 4 GiB, and one that is smaller, has a CPU's chunk."""
+    gib = 1 << 30
+    rows = [logits.logit_rows(151_936, memory * gib) for memory in (80, 79.1, 141, 24, 16, 15.8, 2)]
+    assert [row.chunk for row in rows] == [1664, 1664, 3456, 384, 384, 384, 110]
+    assert all(row.kept == 2 * row.chunk for row in rows)
+    assert logits.logit_rows(151_936, None) == logits.Rows(110, 1320)
+    assert logits.logit_rows(10**9, None).chunk == logits.logit_rows(10**9, gib).chunk == 1
 
 
 def test_what_exists_at_a_time_is_bounded(chunked: None) -> None:
@@ -106,7 +168,7 @@ def test_what_exists_at_a_time_is_bounded(chunked: None) -> None:
     with Watch():
         found = token_logprobs(head, hidden, targets, 1.0)
         node: Any = found.grad_fn
-        assert len(node.kept) <= logprobs.KEPT_ELEMENTS // logprobs.CHUNK_ELEMENTS
+        assert len(node.kept) <= logits.KEPT_ELEMENTS // logits.CHUNK_ELEMENTS
         found.sum().backward()
     largest = max(head.weight.numel(), hidden.numel(), 3 * 11)
     assert max(sizes) == largest < 14 * 11

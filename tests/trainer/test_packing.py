@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from attention_parts import put_in_place
 from learning_parts import plain_logprobs
 
-from trainer import packing
 from trainer.attention import register
 from trainer.batches import micro_batches, split_over_ranks
 from trainer.engine import ALONE, Scored
@@ -75,9 +75,12 @@ def relative(found: Any, exact: Any) -> float:
 
 @pytest.mark.parametrize("loss", ["oapl", "grpo"])
 @pytest.mark.parametrize("longest", [12, 150], ids=["alike", "long-tailed"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager", None])
-def test_packed_equals_one_by_one(policy: Path, float64: Any, attention: str | None, longest: int, loss: str) -> None:
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "varlen", "flash", None])
+def test_packed_equals_one_by_one(
+    policy: Path, float64: Any, attention: str | None, longest: int, loss: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """1e-6 relative in float32, loss and gradients, against float64: no boundary leaks, no token is lost."""
+    put_in_place(monkeypatch)
     examples, groups = some_examples(longest, longest)
     name = register(attention) if attention else "sdpa"
     model = load_policy(policy, torch.float32, name).train()
@@ -98,31 +101,6 @@ def test_what_stands_elsewhere_changes_nothing(policy: Path, attention: str) -> 
         for number, example in enumerate(examples):
             alone = our_logprobs(model, [example], [0], attention)[0]
             torch.testing.assert_close(together[number, : len(alone)], alone, rtol=0, atol=3e-6)
-
-
-def test_flex_knows_who_sees_whom() -> None:
-    """Its rule, on paper: prompt of two, completions of one and two, another prompt of one. It needs a GPU to run."""
-    layout = packing.lay_out([(2, -1), (1, 0), (2, 0), (1, -1)], "flex")
-    assert layout.segment is not None and layout.prefix is not None
-    sees = [
-        [key for key in range(query + 1) if layout.segment[key] in (layout.segment[query], layout.prefix[query])]
-        for query in range(6)
-    ]
-    assert sees == [[0], [0, 1], [0, 1, 2], [0, 1, 3], [0, 1, 3, 4], [5]]
-
-
-def test_flash_knows_who_sees_whom() -> None:
-    layout = packing.lay_out([(2, -1), (1, 0), (2, 0), (1, -1)], "flash")
-    assert layout.keys is not None and layout.query_starts is not None and layout.key_starts is not None
-    keys, queries, starts = layout.keys.tolist(), layout.query_starts.tolist(), layout.key_starts.tolist()
-    sees = []
-    for segment in range(4):
-        mine = keys[starts[segment] : starts[segment + 1]]
-        size = queries[segment + 1] - queries[segment]
-        # Aligned to the right: the last query sees all keys, the one before all but the last.
-        sees += [mine[: len(mine) - size + 1 + place] for place in range(size)]
-    assert sees == [[0], [0, 1], [0, 1, 2], [0, 1, 3], [0, 1, 3, 4], [5]]
-    assert (layout.longest_query, layout.longest_key) == (2, 4)
 
 
 def sizes_of(seed: int, packed: bool, groups: int = 12, members: int = 8) -> Sizes:

@@ -54,6 +54,26 @@ def test_a_gap_past_the_bound(refused: Refused, recipe: Recipes, policy: Path, f
     assert "+0.2000 nats" in str(error) and "learning.max_logprob_gap=0.05" in str(error)
 
 
+def test_a_gap_that_a_completion_adds_up(
+    refused: Refused, learn_here: Learn, recipe: Recipes, policy: Path, float64: Any, tmp_path: Path
+) -> None:
+    """0.02 nats a token are within the bound of tokens; a residual feels their sum, times beta2."""
+    biased = write_dataset(tmp_path / "biased", policy, float64, shift=0.02, noise=0.0)
+    tokens = [
+        len(row.completion_tokens) for group in biased.groups() if len({r for _, r in group}) > 1 for row, _ in group
+    ]
+    gap = 0.02 * sum(tokens) / len(tokens)
+    error = refused(biased.place, recipe(beta2=0.9), policy)
+    assert isinstance(error, WorkError) and f"{0.9 * gap:+.4f} of a reward in each residual" in str(error)
+    assert "learning.max_residual_gap=0.05" in str(error)
+    for admitted in ({"beta2": 0.9, "max_residual_gap": None}, {"beta2": 0.1}, {"beta2": 0.9, "loss": "grpo"}):
+        learned = learn_here(biased.place, recipe(epochs=1, **admitted))
+        residual = None if "loss" in admitted else pytest.approx(admitted["beta2"] * gap, rel=1e-3)
+        assert learned.summary["residual_gap"] == residual
+        assert learned.summary["logprob_gap"]["sequence_mean"] == pytest.approx(gap, rel=1e-3)
+        assert learned.summary["attention"] == "sdpa"
+
+
 def test_nothing_left_to_learn(refused: Refused, recipe: Recipes, policy: Path, float64: Any, tmp_path: Path) -> None:
     uniform = write_dataset(tmp_path / "uniform", policy, float64, reward=lambda prompt, sample: float(prompt % 2))
     error = refused(uniform.place, recipe(), policy)
@@ -142,6 +162,28 @@ def test_attention_that_packing_does_not_keep(
     assert isinstance(error, RequestError) and "set learning.packing=false" in str(error)
 
 
+def test_completions_of_a_prompt_that_see_each_other(
+    refused: Refused, recipe: Recipes, dataset: Made, policy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A leak within a group only, which rows of unlike prompts would not show."""
+    from trainer import attention
+
+    def leaky(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, layout: Any) -> torch.Tensor:
+        own, prefix = layout.segment, layout.prefix
+        group = torch.where(prefix == own, own, prefix)
+        mask = (group[:, None] == group) & torch.ones(len(own), len(own), dtype=torch.bool).tril()
+        parts = (whole.transpose(0, 1).unsqueeze(0) for whole in (query, key, value))
+        together = torch.nn.functional.scaled_dot_product_attention(
+            *parts, attn_mask=mask, scale=scale, enable_gqa=True
+        )
+        return together.squeeze(0).transpose(0, 1)
+
+    monkeypatch.setitem(attention.KERNELS, "flex", leaky)
+    monkeypatch.setattr(attention, "refuse_missing", lambda settings: None)
+    error = refused(dataset.place, recipe(attention="flex"), policy)
+    assert isinstance(error, RequestError) and "learning.attention=flex" in str(error)
+
+
 @pytest.mark.parametrize(("ranks", "code"), [(1, 2), (2, 2)])
 def test_the_command_says_it_in_one_line(
     ranks: int, code: int, recipe: Recipes, dataset: Made, policy: Path, tmp_path: Path
@@ -166,7 +208,10 @@ def test_ranks_fail_together(recipe: Recipes, policy: Path, float64: Any, tmp_pa
 @pytest.mark.parametrize(
     ("settings", "cure"),
     [
-        ({"attention": "flash"}, "flash-attn"),
+        ({"attention": "flash", "dtype": "bfloat16"}, "needs the package flash-attn, or kernels"),
+        ({"attention": "flash"}, "needs learning.dtype=bfloat16"),
+        ({"attention": "varlen"}, "needs learning.dtype=bfloat16"),
+        ({"attention": "varlen", "dtype": "bfloat16"}, "needs an NVIDIA card"),
         ({"attention": "flex"}, "take sdpa"),
     ],
     ids=str,
@@ -187,6 +232,7 @@ def test_kernels_that_this_machine_lacks(
         ({"importance_cap": 2.0}, "importance_cap needs loss=grpo and behaviour=recomputed"),
         ({"offload": "all", "zero_stage": 2}, "offload=all needs zero_stage 3"),
         ({"attention": "flex", "packing": False}, "for packed batches"),
+        ({"attention": "varlen", "packing": False}, "for packed batches"),
         ({"loss": "ppo"}, "learning.loss"),
     ],
     ids=str,

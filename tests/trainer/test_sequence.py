@@ -42,7 +42,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("heads", KEY_HEADS)
 @pytest.mark.parametrize("loss", ["oapl", "grpo"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "varlen"])
 def test_shared_equals_one_by_one(attention: str, loss: str, heads: str, found: list[dict[str, Any]]) -> None:
     """1e-6 relative in float32 against float64, as packing promises for one rank: on each rank."""
     for rank in found:
