@@ -61,9 +61,7 @@ def attach_references(forward: Forward, work: Round, behaviour: Snapshot, *, com
                     "snapshot as the behaviour policy, or set learning.behaviour=engine"
                 )
             blocks = [block for block in view.blocks if block.place == place]
-            found = reference.recompute(
-                folder, identity, blocks, settings, forward.pad, forward.logprobs, forward.device, forward.team
-            )
+            found = reference.recompute(folder, identity, blocks, forward)
         view.attach(place, found)
 
 
@@ -87,11 +85,12 @@ def _measure(forward: Forward, work: Round) -> dict[str, Any]:
     rows = forward.view.newest()
     rows = rows[:: max(1, len(rows) // GAP_ROWS)]
     gaps = insight.Gap(forward.device), insight.Gap(forward.device)
-    for part in forward.plan(rows.tolist()):
-        batch = forward.scored(forward.laid_out(part))
-        if part and forward.team.leads:
-            gaps[0].add(batch.logprobs, batch.behaviour, batch.mask)
-            gaps[1].add(batch.logprobs, batch.sampled, batch.mask)
+    with forward.steps([rows.tolist()]) as steps:
+        for part, taken in (laid for step in steps for laid in step.passes):
+            batch = forward.scored(taken)
+            if part and forward.team.leads:
+                gaps[0].add(batch.logprobs, batch.behaviour, batch.mask)
+                gaps[1].add(batch.logprobs, batch.sampled, batch.mask)
     behaviour, sampled = (gap.over_ranks() for gap in gaps)
     bound = forward.settings.max_logprob_gap
     if not abs(behaviour["mean"]) <= bound:  # NaN is past every bound
@@ -100,7 +99,7 @@ def _measure(forward: Forward, work: Round) -> dict[str, Any]:
             f"than learning.max_logprob_gap={bound}; train the policy that wrote the "
             "data, or let the trainer recompute with learning.behaviour=recomputed"
         )
-    found: dict[str, Any] = {"logprob_gap": behaviour, "matmul_flops": insight.matmul_flops(forward.device)}
+    found: dict[str, Any] = {"logprob_gap": behaviour}
     if forward.settings.behaviour == "recomputed":
         # Null where the engine said nothing.
         found["engine_gap"] = sampled if sampled["tokens"] else None

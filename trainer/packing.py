@@ -8,7 +8,7 @@ shares. The kernels that read it are in `attention`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -37,15 +37,6 @@ class Layout:
     segment: Tensor | None = None
     prefix: Tensor | None = None
     """flex: [tokens] segment of each token, and the segment that it may see besides."""
-
-    def to(self, device: torch.device) -> Layout:
-        moved: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, tuple):
-                value = tuple(part.to(device) for part in value)
-            moved[field.name] = value.to(device) if isinstance(value, Tensor) else value
-        return Layout(**moved)
 
 
 def lay_out(segments: Sequence[Segment], attention: str) -> Layout:
