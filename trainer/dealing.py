@@ -61,7 +61,7 @@ def deal(rows: Sequence[int], sizes: Sizes, budget: int, teams: int, arithmetic:
     if not sizes.packed:
         return _to_teams(*_padded(rows, sizes, budget, teams, arithmetic), teams)
     batch = _sorted(rows, sizes, arithmetic)
-    made = _evenest(batch, budget, teams) if teams > 1 else _cheapest(batch, budget)
+    made = _evenest(batch, budget, teams)
     passes = [[batch.number[row] for row in sorted(_rows_of(pieces))] for pieces in made.pieces]
     return _to_teams(passes, made.cost.tolist(), teams)
 
@@ -98,7 +98,7 @@ def amount(passes: Sequence[Sequence[int]], sizes: Sizes) -> Amount:
 
 def _to_teams(passes: Sequence[list[int]], costs: Sequence[float], teams: int) -> list[list[list[int]]]:
     """Passes of like cost to one place, the dearest place first; in it, the dearest to whom least was dealt so far."""
-    order = sorted(range(len(passes)), key=lambda number: -costs[number])
+    order = sorted((number for number in range(len(passes)) if passes[number]), key=lambda number: -costs[number])
     shares: list[list[list[int]]] = [[] for _ in range(teams)]
     dealt = [0.0] * teams
     for first in range(0, len(order), teams):
@@ -199,25 +199,6 @@ def _rows_of(pieces: Sequence[_Piece]) -> Iterator[int]:
         yield from range(piece.first, piece.end)
 
 
-def _cheapest(batch: _Rows, budget: int) -> _Passes:
-    """The passes of one team, which waits for nobody: few, and few prompts twice."""
-    whole = _cut(batch, budget, math.inf)
-    ideal = sum(piece.cost for piece in whole)
-    mean = ideal / math.ceil(sum(min(piece.positions, budget) for piece in whole) / budget)
-    ways = (_fewest(whole if cut == math.inf else _cut(batch, budget, cut * mean), budget) for cut in CUTS)
-    return min(ways, key=lambda made: made.cost.sum() + A_PASS * mean * len(made.pieces))
-
-
-def _fewest(pieces: Sequence[_Piece], budget: int) -> _Passes:
-    """As few passes as best fit finds: each piece, the largest first, goes where least room is left."""
-    made = _Passes.empty(len(pieces), budget)
-    for piece in sorted(pieces, key=lambda piece: (-piece.positions, piece.first)):
-        fits = made.room >= min(piece.positions, budget)
-        made.add(int(np.where(fits, made.room, budget + 1).argmin()), piece)
-    used = [number for number, part in enumerate(made.pieces) if part]
-    return _Passes(budget, made.room[used], made.cost[used], [made.pieces[number] for number in used])
-
-
 def _evenest(batch: _Rows, budget: int, teams: int) -> _Passes:
     """Passes, a multiple of the teams, whose places take least time."""
     whole = _cut(batch, budget, math.inf)
@@ -250,7 +231,8 @@ def _ways(batch: _Rows, whole: Sequence[_Piece], mean: float, count: int, teams:
 def _evenly(batch: _Rows, pieces: Sequence[_Piece], count: int, teams: int, budget: int) -> _Passes | None:
     """All passes alike: each piece, the dearest first, goes where least was dealt. Null where some find no room."""
     made = _Passes.empty(count * teams, budget)
-    left = _fill(batch, made, 0, count * teams, _descending(pieces), math.inf)
+    order = _descending(pieces)
+    left = _fill(batch, made, 0, count * teams, order, math.inf, _once(batch, order) / (count * teams))
     return None if left else made
 
 
@@ -260,18 +242,30 @@ def _by_place(batch: _Rows, pieces: Sequence[_Piece], count: int, teams: int, bu
     left = _descending(pieces)
     for place in range(count):
         if left:
-            level = max(left[0].cost, sum(piece.cost for piece in left) / (teams * (count - place)))
-            level = math.inf if place == count - 1 else level
-            left = _fill(batch, made, place * teams, (place + 1) * teams, left, level)
+            mean = _once(batch, left) / (teams * (count - place))
+            level = math.inf if place == count - 1 else max(left[0].cost, mean)
+            left = _fill(batch, made, place * teams, (place + 1) * teams, left, level, mean)
     return None if left else made
+
+
+def _once(batch: _Rows, pieces: Sequence[_Piece]) -> float:
+    """What they cost together, each prompt counted once."""
+    prompts = {batch.group[piece.first]: batch.prompt_cost[piece.first] for piece in pieces}
+    return sum(piece.cost - batch.prompt_cost[piece.first] for piece in pieces) + sum(prompts.values())
 
 
 def _descending(pieces: Sequence[_Piece]) -> list[_Piece]:
     return sorted(pieces, key=lambda piece: (-piece.cost, piece.first))
 
 
-def _fill(batch: _Rows, made: _Passes, start: int, end: int, pieces: Sequence[_Piece], level: float) -> list[_Piece]:
-    """Puts pieces into passes `start` to `end`, each where least was dealt, up to `level`; returns those left over."""
+def _fill(
+    batch: _Rows, made: _Passes, start: int, end: int, pieces: Sequence[_Piece], level: float, mean: float
+) -> list[_Piece]:
+    """Puts pieces into passes `start` to `end`, up to `level`; returns those left over.
+
+    A piece joins rows of its prompt where that pass is not past the mean by it, the fullest of such; else it goes
+    where least was dealt.
+    """
     room, cost = made.room[start:end], made.cost[start:end]
     homes: dict[int, list[int]] = {}
     left: list[_Piece] = []
@@ -279,20 +273,22 @@ def _fill(batch: _Rows, made: _Passes, start: int, end: int, pieces: Sequence[_P
     for piece in pieces:
         need = min(piece.positions, made.budget)
         prompt, prompt_cost = batch.prompt[piece.first], batch.prompt_cost[piece.first]
-        choices = [
-            (float(cost[home]) - prompt_cost, home)
-            for home in homes.get(batch.group[piece.first], ())
+        mine = homes.setdefault(batch.group[piece.first], [])
+        joined = [
+            (float(cost[home]) + piece.cost - prompt_cost, home)
+            for home in mine
             if room[home] >= piece.positions - prompt
         ]
-        if widest >= need and lowest + piece.cost <= level:
-            place = int(np.where(room >= need, cost, np.inf).argmin())
-            if room[place] >= need:
-                choices.append((float(cost[place]), place))
-        before, place = min(choices, default=(math.inf, 0))
-        if before + piece.cost > level or before == math.inf:
+        after, place = max((choice for choice in joined if choice[0] <= mean), default=(math.inf, -1))
+        if place < 0:
+            after, place = min(joined, default=(math.inf, -1))
+            if widest >= need and lowest + piece.cost <= min(level, after):
+                other = int(np.where(room >= need, cost, np.inf).argmin())
+                if room[other] >= need and cost[other] + piece.cost < after:
+                    after, place = float(cost[other]) + piece.cost, other
+        if place < 0 or after > level:
             left.append(piece)
             continue
-        mine = homes.setdefault(batch.group[piece.first], [])
         shares = place in mine
         made.add(start + place, piece, (prompt, prompt_cost) if shares else (0, 0.0))
         if not shares:

@@ -20,7 +20,8 @@ class Peak:
 
 
 SHEETS: tuple[tuple[str, str, float, float, float], ...] = (
-    (r"\bB200\b", "B200, HGX B200 data sheet", 2250, 1100, 75),
+    (r"\bGB200\b", "GB200, GB200 NVL72 data sheet", 2500, 1250, 80),
+    (r"\bB200\b", "B200, HGX B200 data sheet", 2250, 1125, 75),
     (r"\bH200 NVL\b", "H200 NVL, H200 data sheet", 835.5, 417.5, 60),
     (r"\bG?H200\b", "H200 SXM, H200 data sheet", 989.5, 494.5, 67),
     (r"\bH100 NVL\b", "H100 NVL, H100 data sheet", 835.5, 417.5, 60),
@@ -36,8 +37,8 @@ SHEETS: tuple[tuple[str, str, float, float, float], ...] = (
     (r"\bMI300X\b", "MI300X, MI300X data sheet", 1307.4, 653.7, 163.4),
 )
 """What CUDA or ROCm calls the device; its name and who says so; dense tera-operations a second in bfloat16, TF32 and
-float32. Data sheets give those of matrix units with sparsity, twice as many; A10G, laptops' cards and others that
-share a part of a name are not meant."""
+float32. Data sheets give the first two with sparsity, twice as many. Laptops' cards and others whose names go on are
+not meant."""
 
 
 def peak(device: torch.device, dtype: str) -> Peak:
@@ -51,6 +52,8 @@ def of_card(name: str, dtype: str) -> Peak | None:
     """By data sheet; null where there is none of that name. float32 may be computed in TF32, which PyTorch knows."""
     unit = "tf32" if dtype == "float32" and torch.get_float32_matmul_precision() != "highest" else dtype
     place = {"bfloat16": 0, "tf32": 1, "float32": 2}[unit]
+    if "MIG" in name:  # a slice of one
+        return None
     for pattern, told, *numbers in SHEETS:
         if re.search(pattern, name):
             return Peak(numbers[place] * TERA, f"{told}; dense, {unit}")

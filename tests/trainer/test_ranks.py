@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import no_waiting
 import pytest
 import torch
 from learning_parts import Learned, Made, read_log, start_trainer, trainer_environment
@@ -60,7 +61,11 @@ dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=int(os
 deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
 from pipeline.ending import leave
 from trainer import engine, logprobs
-from trainer.learner import learn
+from trainer import learner
+sys.path.insert(0, sys.argv[3])
+import no_waiting
+no_waiting.in_passes(learner)
+learn = learner.learn
 # As with long sequences and large weights: several chunks of logits, not as many on each rank, and nothing that ZeRO-3
 # would rather keep whole.
 logprobs.CHUNK_ELEMENTS, logprobs.KEPT_ELEMENTS = 1200, 2400
@@ -98,7 +103,14 @@ def learn_on(
     (folder / "works").write_bytes(pickle.dumps(works))
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", RANK, str(folder / "works"), str(folder / "store")],
+            [
+                sys.executable,
+                "-c",
+                RANK,
+                str(folder / "works"),
+                str(folder / "store"),
+                str(Path(no_waiting.__file__).parent),
+            ],
             env=trainer_environment(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count)),
             stderr=subprocess.PIPE,
             text=True,
