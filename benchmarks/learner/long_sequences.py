@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,23 +50,23 @@ def policy_of(folder: Path, tokens: int) -> Path:
     return folder / record.snapshot_id
 
 
-def rollouts_of(folder: Path, policy: Path, tokens: int) -> None:
-    """Groups of completions of so many random tokens, without log-probabilities, and verdicts for them."""
+def rollouts_of(folder: Path, policy: Path, lengths: Sequence[int]) -> None:
+    """Groups of completions of so many random tokens each, without log-probabilities, and verdicts for them."""
     record, dice = snapshots.load_record(policy), random.Random(0)
     origin = Provenance(
         snapshot_id=record.snapshot_id, snapshot_sha256=record.sha256, snapshot_step=0, round=0,
-        sampling={"samples": SAMPLES, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_tokens": tokens},
+        sampling={"samples": SAMPLES, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_tokens": max(lengths)},
         logprobs_mode="missing", engine="none", engine_version="0", tokenizer_sha256=record.tokenizer_sha256,
         chat_template_sha256=record.chat_template_sha256, code_version="0", prompts_sha256="",
     )  # fmt: skip
     verdicts = []
     with RolloutWriter(folder, origin, samples=SAMPLES) as writer:
-        for number in range(PROMPTS):
+        for number in range(len(lengths) // SAMPLES):
             name, prompt = f"{number:016x}", [dice.randrange(3, 250) for _ in range(8)]
             group = []
             for sample in range(SAMPLES):
                 row = rollout_id(record.snapshot_id, 0, name, sample, sample)
-                completion = [dice.randrange(3, 250) for _ in range(tokens)]
+                completion = [dice.randrange(3, 250) for _ in range(lengths[number * SAMPLES + sample])]
                 group.append(
                     Rollout(row, 0, record.snapshot_id, 0, name, sample, prompt, completion, None, "", "stop", sample)
                 )
@@ -123,7 +124,7 @@ def main() -> None:
         folder = Path(name)
         policy = policy_of(folder / "policy", tokens)
         for length in (SHORT, tokens):
-            rollouts_of(folder / f"rollouts-{length}", policy, length)
+            rollouts_of(folder / f"rollouts-{length}", policy, [length] * PROMPTS * SAMPLES)
         print("ranks   MiB a rank   seconds          loss     grad norm")
         for ranks in (1, 2):
             before, _, _ = learn(folder, policy, folder / f"rollouts-{SHORT}", ranks, SHORT)

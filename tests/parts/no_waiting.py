@@ -23,12 +23,19 @@ class Waited(AssertionError):
 
 
 class NoWaiting(TorchDispatchMode):
+    def __init__(self, padded: bool = False) -> None:
+        """`padded`: transformers makes the mask of such a pass, and looks whether its positions are of one sequence."""
+        super().__init__()
+        self.padded = padded
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         packet = func.overloadpacket
         by_mask = packet in INDEXED and any(part is not None and part.dtype == torch.bool for part in args[1])
         counted = packet is aten.repeat_interleave and not isinstance(args[0], torch.Tensor)
         if by_mask or (packet in WAITING and not counted):
-            raise Waited(f"{func} waits for the device:\n{''.join(traceback.format_stack(limit=12))}")
+            stack = "".join(traceback.format_stack())
+            if not (self.padded and "transformers/masking_utils.py" in stack):
+                raise Waited(f"{func} waits for the device:\n{stack[-3000:]}")
         return func(*args, **(kwargs or {}))
 
 
@@ -36,8 +43,8 @@ def in_passes(learner: Any) -> None:
     """Holds the passes of `trainer.learner` to it, from now on."""
     plain = learner._Learner._pass
 
-    def guarded(self: Any, *told: Any) -> Any:
-        with NoWaiting():
-            return plain(self, *told)
+    def guarded(self: Any, taken: Any, *told: Any) -> Any:
+        with NoWaiting(padded=taken.layout is None):
+            return plain(self, taken, *told)
 
     learner._Learner._pass = guarded
