@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import traceback
 from typing import Any
 
@@ -33,9 +34,14 @@ class NoWaiting(TorchDispatchMode):
         by_mask = packet in INDEXED and any(part is not None and part.dtype == torch.bool for part in args[1])
         counted = packet is aten.repeat_interleave and not isinstance(args[0], torch.Tensor)
         if by_mask or (packet in WAITING and not counted):
-            stack = "".join(traceback.format_stack())
-            if not (self.padded and "transformers/masking_utils.py" in stack):
-                raise Waited(f"{func} waits for the device:\n{stack[-3000:]}")
+            stack = traceback.extract_stack()
+            callers = [
+                frame.filename for frame in stack if "/torch/" not in frame.filename and frame.filename != __file__
+            ]
+            # What DeepSpeed itself waits for, as ZeRO-3 does where ranks compare their first traces, is not ours.
+            ours = not re.search(r"/deepspeed/(runtime|utils|comm)/", callers[-1])
+            if ours and not (self.padded and callers[-1].endswith("transformers/masking_utils.py")):
+                raise Waited(f"{func} waits for the device:\n{''.join(traceback.format_list(stack[-12:]))}")
         return func(*args, **(kwargs or {}))
 
 
