@@ -25,6 +25,11 @@ LABELS = {
     "grad_norm": "gradient norm",
     "learning_rate": "learning rate",
     "lag": "lag, steps",
+    "tokens_per_second": "tokens per second",
+    "tokens_per_second_per_rank": "tokens per second and rank",
+    "mfu": "MFU",
+    "peak_memory_gib": "peak memory, GiB",
+    "peak_resident_gib": "peak resident memory, GiB",
 }
 """Field of the learner's log -> what Dagster calls it, the same as in the metadata of `trained_policy`."""
 
@@ -60,6 +65,10 @@ class LearningCurve:
             self._place = file.tell()
         self._told = done
         if records:
-            names = [name for name in LABELS if name in records[-1]]
-            means = {LABELS[name]: sum(record[name] for record in records) / len(records) for name in names}
-            self._observe(int(records[-1]["step"]), means)
+            self._observe(int(records[-1]["step"]), _means(records))
+
+
+def _means(records: list[dict[str, float]]) -> dict[str, float]:
+    """By label, over those that have the field: a round may have been begun by a version that logged others."""
+    found = {LABELS[name]: [record[name] for record in records if name in record] for name in LABELS}
+    return {label: sum(values) / len(values) for label, values in found.items() if values}

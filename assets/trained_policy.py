@@ -1,6 +1,7 @@
 """Asset `trained_policy`."""
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import dagster as dg
@@ -128,7 +129,8 @@ def _result(work: Step) -> Made:
     return dg.MaterializeResult(
         metadata=tidy(
             {
-                **{label: last[name] for name, label in LABELS.items() if name in last},
+                **_by_label(last),
+                **_by_label(summary, SPEED),
                 "optimizer steps": summary["steps"],
                 "log-probability gap": summary["logprob_gap"]["mean"],
                 "log-probability gap, largest": summary["logprob_gap"]["max_abs"],
@@ -136,7 +138,8 @@ def _result(work: Step) -> Made:
                 **({} if residual is None else {"log-probability gap, of a residual": residual}),
                 "sequences": summary["sequences"],
                 "groups without variance": summary["uniform_groups"] / max(1, summary["groups"]),
-                "tokens per second": summary["tokens"] / max(1e-9, summary["seconds"]),
+                **({"planned memory, GiB": planned} if (planned := summary.get("planned_memory_gib")) else {}),
+                "peak of a device": summary.get("peak_flops_source", "unknown"),
                 "seconds": seconds,
                 **snapshot_link(snapshot, work.run.snapshot(snapshot.snapshot_id)),
                 "parent path": dg.MetadataValue.path(str(parent)),
@@ -149,6 +152,15 @@ def _result(work: Step) -> Made:
         ),
         data_version=dg.DataVersion(snapshot.sha256),
     )
+
+
+SPEED = ("tokens_per_second", "tokens_per_second_per_rank", "mfu", "peak_memory_gib", "peak_resident_gib")
+"""What the summary tells of all steps of a round, where a log tells of each."""
+
+
+def _by_label(numbers: dict[str, Any], names: Iterable[str] = LABELS) -> dict[str, Any]:
+    """Those that are there: older versions logged others."""
+    return {LABELS[name]: numbers[name] for name in names if name in numbers}
 
 
 def _last_step(work: Step) -> dict[str, Any]:

@@ -67,9 +67,7 @@ def attach_references(forward: Forward, work: Round, behaviour: Snapshot, *, com
                     "snapshot as the behaviour policy, or set learning.behaviour=engine"
                 )
             blocks = [block for block in view.blocks if block.place == place]
-            found = reference.recompute(
-                folder, identity, blocks, settings, forward.pad, forward.logprobs, forward.device, forward.team
-            )
+            found = reference.recompute(folder, identity, blocks, forward)
         view.attach(place, found)
 
 
@@ -114,11 +112,12 @@ def _measure(forward: Forward, work: Round) -> dict[str, Any]:
     rows = forward.view.newest()
     rows = rows[:: max(1, len(rows) // GAP_ROWS)]
     gaps = insight.Gap(forward.device), insight.Gap(forward.device)
-    for part in forward.plan(rows.tolist()):
-        batch = forward.scored(forward.laid_out(part))
-        if part and forward.team.leads:
-            gaps[0].add(batch.logprobs, batch.behaviour, batch.mask)
-            gaps[1].add(batch.logprobs, batch.sampled, batch.mask)
+    with forward.steps([rows.tolist()]) as steps:
+        for part, taken in (laid for step in steps for laid in step.passes):
+            batch = forward.scored(taken)
+            if part and forward.team.leads:
+                gaps[0].add(batch.logprobs, batch.behaviour, batch.mask)
+                gaps[1].add(batch.logprobs, batch.sampled, batch.mask)
     behaviour, sampled = (gap.over_ranks() for gap in gaps)
     settings = forward.settings
     residual = settings.beta2 * behaviour["sequence_mean"] if settings.loss == "oapl" else None
@@ -127,7 +126,6 @@ def _measure(forward: Forward, work: Round) -> dict[str, Any]:
         "logprob_gap": behaviour,
         "residual_gap": residual,
         "attention": forward.attention,
-        "matmul_flops": insight.matmul_flops(forward.device),
     }
     if settings.behaviour == "recomputed":
         # Null where the engine said nothing.

@@ -22,9 +22,7 @@ from trainer.packing import Layout
 from trainer.passes import Pass
 from trainer.policy import load_policy
 from trainer.ranks import wait
-from trainer.sequence import Share, Team
-
-ALONE = Team()
+from trainer.sequence import ALONE, Share, Team
 
 
 class Scored(torch.nn.Module):
@@ -45,6 +43,7 @@ class Scored(torch.nn.Module):
         layout: Layout | None,
         sources: torch.Tensor,
         targets: torch.Tensor,
+        own: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The tensors of a `passes.Pass` -> log-probabilities [completion tokens], float32.
 
@@ -56,7 +55,8 @@ class Scored(torch.nn.Module):
         if self.team.size == 1:
             return self._logprobs(ids, sources, targets, position_ids=positions, layout=layout)
         share = Share(self.team, ids.shape[1])
-        own = share.holds(sources)
+        if own is None:  # the pass was laid out for one rank; a card is waited for here
+            own = share.holds(sources)
         told = {"position_ids": share.of(positions), "layout": layout, "share": share}
         found = self._logprobs(share.of(ids), sources[own] - share.first, targets[own], **told)
         return sequence.joined(found, own, len(sources), self.team)
@@ -71,9 +71,10 @@ class Scored(torch.nn.Module):
 
 def score(engine: Any, taken: Pass) -> torch.Tensor:
     """log pi of each completion token, zero outside of the mask: [sequences, longest completion]."""
-    chosen = engine(taken.ids, taken.positions, taken.layout, taken.sources, taken.targets)
-    empty = torch.zeros(taken.mask.shape, dtype=torch.float32, device=taken.mask.device)
-    return empty.masked_scatter(taken.mask, chosen.float())
+    chosen = engine(taken.ids, taken.positions, taken.layout, taken.sources, taken.targets, taken.own)
+    # By places that are known: with a mask, the backward pass would wait for the card to count it.
+    empty = torch.zeros(taken.mask.numel(), dtype=torch.float32, device=taken.mask.device)
+    return empty.index_copy(0, taken.cells, chosen.float()).view(taken.mask.shape)
 
 
 def deepspeed_config(settings: Learning) -> dict[str, Any]:

@@ -1,10 +1,10 @@
-"""What a person can see of learning: the log, the gap, and how much of the machine is used."""
+"""What a person can see of learning: the log, the gap, speed and memory."""
 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable
+import resource
+import sys
 from pathlib import Path
 from typing import IO, Any
 
@@ -12,8 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.errors import RequestError
+from pipeline.planning.memory import learner_memory
+from pipeline.policies.shapes import GIB, shape_of
+from pipeline.recipe import Recipe
 from pipeline.storage.durable import write_durably
-from trainer.passes import Pass
+from trainer.peaks import peak
 
 
 class Gap:
@@ -91,26 +95,57 @@ def _whole_lines(path: Path) -> list[str]:
     return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
 
 
-class Work:
-    """Counts the arithmetic of a training step: matrix products with weights, six operations a weight and token."""
+class Speed:
+    """What people compare runs by, of each step and of all: tokens a second, model FLOPs utilisation, memory."""
 
-    def __init__(self, model: Any) -> None:
-        head = model.get_output_embeddings()
-        linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head]
-        self._body: int = sum(module.in_features * module.out_features for module in linear)
-        self._head: int = head.in_features * head.out_features
+    def __init__(self, device: torch.device, dtype: str, ranks: int) -> None:
+        self._device, self._ranks = device, ranks
+        self._peak = peak(device, dtype)
+        self._tokens = self._flops = self._seconds = 0.0
+        self._memory: dict[str, float] = {}
 
-    def flops(self, taken: Pass) -> int:
-        """Of forward and backward pass, without attention and without what is computed twice."""
-        return 6 * (self._body * taken.ids.numel() + self._head * taken.targets.numel())
+    def step(self, tokens: float, flops: float, seconds: float) -> dict[str, float]:
+        """For the log. `flops`: of all ranks together, as `arithmetic` counts. Each rank calls it."""
+        self._tokens, self._flops, self._seconds = self._tokens + tokens, self._flops + flops, self._seconds + seconds
+        name, held = peak_memory(self._device)
+        most = torch.tensor(held, dtype=torch.float64, device=self._device)
+        if self._ranks > 1:
+            dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        self._memory = {name: round(most.item(), 4)}
+        return rates(tokens, flops, seconds, self._ranks, self._peak.flops) | self._memory
+
+    def told(self) -> dict[str, Any]:
+        """For the summary: over the steps of this process, and what the utilisation is a share of."""
+        peak = {"peak_flops": self._peak.flops, "peak_flops_source": self._peak.source}
+        if not self._seconds:
+            return peak
+        return rates(self._tokens, self._flops, self._seconds, self._ranks, self._peak.flops) | self._memory | peak
 
 
-def matmul_flops(device: torch.device, size: int = 1024, clock: Callable[[], float] = time.perf_counter) -> float:
-    """Operations a second that a float32 matrix product of this size reaches here, the best of five."""
-    left, right = torch.ones(size, size, device=device), torch.ones(size, size, device=device)
-    best = float("inf")
-    for _ in range(5):
-        started = clock()
-        (left @ right).sum().item()
-        best = min(best, clock() - started)
-    return 2 * size**3 / best
+def rates(tokens: float, flops: float, seconds: float, ranks: int, peak: float) -> dict[str, float]:
+    """Completion tokens a second, in all and a rank, and model FLOPs utilisation; `peak`: of one rank's device."""
+    return {
+        "tokens_per_second": tokens / seconds,
+        "tokens_per_second_per_rank": tokens / seconds / ranks,
+        "mfu": flops / seconds / (peak * ranks),
+    }
+
+
+def peak_memory(device: torch.device) -> tuple[str, float]:
+    """The most that this rank held so far, GiB, and its name: tensors on a card, or, on a CPU, all that is resident."""
+    if device.type == "cpu":
+        # Linux counts in KiB, macOS in bytes.
+        unit = 1 if sys.platform == "darwin" else 1024
+        return "peak_resident_gib", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+    return "peak_memory_gib", torch.cuda.max_memory_allocated(device) / GIB
+
+
+def planned_memory(recipe: Recipe, policy: Path, ranks: int) -> float | None:
+    """What `oapl plan` foretells of a rank's memory for this policy, GiB; null where it does not know such models."""
+    settings = recipe.learning.model_copy(update={"ranks": ranks})
+    try:
+        shape = shape_of(recipe, policy)
+    except RequestError:  # learning needs no plan
+        return None
+    planned = learner_memory(recipe.model_copy(update={"learning": settings}), shape, settings.zero_stage)
+    return planned.total(settings.activation_checkpointing) / GIB

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -16,8 +16,8 @@ import torch.distributed as dist
 from pipeline.errors import RequestError, WorkError
 from pipeline.policies import snapshots
 from pipeline.progress import Progress
-from trainer import agreement, batches, checkpoints, insight, kept, writing
-from trainer.forward import Forward
+from trainer import agreement, batches, checkpoints, dealing, insight, kept, writing
+from trainer.forward import Forward, Step
 from trainer.losses import EXTRA, LOSSES, Settings, diagnostics
 from trainer.passes import Pass
 from trainer.ranks import from_rank_0
@@ -56,6 +56,8 @@ def learn(work: Round) -> dict[str, Any]:
         "reward_mean": view.counts.reward_sum / max(1, view.counts.rows - view.counts.unscorable_rows),
         "tokens": learner.tokens,
         **learner.facts,
+        **learner.speed.told(),
+        "planned_memory_gib": insight.planned_memory(work.recipe, work.policy, learner.ranks),
         "resumed_at": learner.resumed_at,
         "seconds": round(time.monotonic() - started, 2),
     }
@@ -81,7 +83,7 @@ class _Learner:
         self.resumed_at: int | None = None
         self.facts: dict[str, Any] = {}
         """What was found before the first step; goes into the summary."""
-        self.work_of = insight.Work(self.engine.module.model)
+        self.speed = insight.Speed(self.forward.device, self.settings.dtype, self.ranks)
         vocabulary = self.engine.module.model.config.vocab_size
         if view.largest_token >= vocabulary:
             raise RequestError(
@@ -136,75 +138,67 @@ class _Learner:
         log = insight.Log(self.work.log, self.settings.tensorboard, range(first + 1, first + self.steps + 1))
         progress = Progress("learn", self.planned - self.steps, "steps") if dist.get_rank() == 0 else None
         order = batches.global_batches(self.view, self.settings, self.work.recipe.seed + self.work.number)
-        done = self.steps
         every = self.settings.checkpoint_every
-        for number, rows in enumerate(order):
-            if number < done:
-                continue
-            record = self._step(rows)
-            log.add(record)
-            if progress is not None:
-                progress.add(1, tokens=int(record["tokens"]), note=f"loss {record['loss']:.4f}")
-            if every and self.steps % every == 0:
-                state = {"steps": self.steps, "tokens": self.tokens, "facts": self.facts}
-                checkpoints.save(self.engine, self.work.checkpoints, self._identity(), state, self.settings)
+        with self.forward.steps(itertools.islice(order, self.steps, None)) as steps:
+            started = time.monotonic()
+            for step in steps:
+                record = self._step(step, started)
+                log.add(record)
+                if progress is not None:
+                    progress.add(1, tokens=int(record["tokens"]), note=f"loss {record['loss']:.4f}")
+                if every and self.steps % every == 0:
+                    state = {"steps": self.steps, "tokens": self.tokens, "facts": self.facts}
+                    checkpoints.save(self.engine, self.work.checkpoints, self._identity(), state, self.settings)
+                started = time.monotonic()
         log.close()
         if progress is not None:
             progress.close()
 
-    def _step(self, rows: list[int]) -> dict[str, float]:
-        started = time.monotonic()
+    def _step(self, step: Step, started: float) -> dict[str, float]:
+        """One optimizer step. The host waits for the device at its end alone, and runs ahead of it until then."""
         rate = learning_rate(self.settings, self.work.number, self.steps, self.planned, self.parent.step)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
         sums = torch.zeros(len(self.names), dtype=torch.float64, device=self.forward.device)
-        plan = self.forward.plan(rows)
-        for number, part in enumerate(plan):
-            self.engine.set_gradient_accumulation_boundary(number == len(plan) - 1)
-            taken = self.forward.laid_out(part)
-            batch = self.forward.scored(taken)
-            losses, metrics = LOSSES[self.settings.loss](batch, self.loss_settings)
+        norm = None
+        last = len(step.plan[self.forward.team.number]) - 1
+        for number, (part, taken) in enumerate(step.passes):
+            self.engine.set_gradient_accumulation_boundary(number == last)
             # Mean over the global batch: DeepSpeed averages gradients over ranks, so each rank's share is scaled up.
             # The ranks of a team each have the gradient of their own positions, which is such a share as well.
-            self.engine.backward(losses.sum() * (self.ranks / len(rows) if part else 0.0))
-            if number == len(plan) - 1:
+            sums += self._pass(taken, self.ranks / len(step.rows) if part else 0.0)
+            if number == last:
                 norm = self._plain_norm()
             self.engine.step()
-            if part:
-                # Each rank of a team has the entropy of its own share; the rest is the same on all of them.
-                found = dict(zip(("entropy", "entropy_tokens"), self.engine.module.entropy, strict=True))
-                if self.forward.team.leads:
-                    found |= {"loss": losses.detach().sum(), "tokens": batch.mask.sum(), **diagnostics(batch)}
-                    found |= metrics | self._counts(part, taken)
-                zero = torch.zeros(())
-                sums += torch.stack([found.get(name, zero).double().to(self.forward.device) for name in self.names])
         if self.ranks > 1:
             dist.all_reduce(sums)
         self.steps += 1
-        norm = float(self.engine.get_global_grad_norm() or norm)
         told = dict(zip(self.names, sums.tolist(), strict=True))
-        return self._record(told, rows, rate, norm, time.monotonic() - started)
+        told["norm"] = float(self.engine.get_global_grad_norm() or (0.0 if norm is None else norm))
+        return self._record(told, step, rate, time.monotonic() - started)
 
-    def _counts(self, rows: Sequence[int], taken: Pass) -> dict[str, torch.Tensor]:
-        """What a forward pass was, in numbers that need no device."""
-        counts = {
-            "positions": taken.ids.numel(),
-            "useful": self.view.sizes.useful(rows),
-            "flops": self.work_of.flops(taken),
-            "snapshot_step": int(self.view.snapshot_step[rows].sum()),
-        }
-        return {name: torch.tensor(value) for name, value in counts.items()}
+    def _pass(self, taken: Pass, scale: float) -> torch.Tensor:
+        """Forward and backward of a pass; returns what it adds to the sums. `scale`: 0 where it only fills up."""
+        scored = self.forward.scored(taken)
+        losses, metrics = LOSSES[self.settings.loss](scored, self.loss_settings)
+        self.engine.backward(losses.sum() * scale)
+        found: dict[str, torch.Tensor] = {}
+        if scale:
+            # Each rank of a team has the entropy of its own share; the rest is the same on all of them.
+            found = dict(zip(("entropy", "entropy_tokens"), self.engine.module.entropy, strict=True))
+            if self.forward.team.leads:
+                found |= {"loss": losses.detach().sum(), **diagnostics(scored), **metrics}
+        zero = torch.zeros((), device=self.forward.device)
+        return torch.stack([found.get(name, zero).double() for name in self.names])
 
-    def _plain_norm(self) -> float:
+    def _plain_norm(self) -> torch.Tensor | None:
         """Gradient norm before clipping where DeepSpeed keeps none: without ZeRO, in float32."""
         if self.engine.zero_optimization() or self.settings.dtype != "float32":
-            return 0.0
-        return torch.nn.utils.get_total_norm([p.grad for p in self.engine.parameters() if p.grad is not None]).item()
+            return None
+        return torch.nn.utils.get_total_norm([p.grad for p in self.engine.parameters() if p.grad is not None])
 
-    def _record(
-        self, sums: dict[str, float], rows: list[int], rate: float, norm: float, seconds: float
-    ) -> dict[str, float]:
-        count = len(rows)
+    def _record(self, sums: dict[str, float], taken: Step, rate: float, seconds: float) -> dict[str, float]:
+        count, norm = len(taken.rows), sums["norm"]
         loss = sums["loss"] / count
         step = self.parent.step + self.steps
         if not math.isfinite(loss) or not math.isfinite(norm):
@@ -212,8 +206,12 @@ class _Learner:
                 f"learning stopped at step {step}: loss {loss}, gradient norm {norm}; nothing was published. "
                 "Lower learning.learning_rate or raise learning.beta2"
             )
-        tokens = sums["tokens"]
-        self.tokens += int(tokens)
+        # All ranks know all passes, so what these are is counted on the host, and nothing of it is sent.
+        sizes, snapshot_steps = self.view.sizes, self.view.snapshot_step[taken.rows]
+        amount = dealing.amount([part for share in taken.plan for part in share], sizes)
+        tokens, useful = amount.targets, sizes.useful(taken.rows)
+        flops = self.forward.arithmetic.of(amount.positions, tokens, amount.pairs)
+        self.tokens += tokens
         return {
             "step": step,
             "loss": loss,
@@ -227,13 +225,13 @@ class _Learner:
             "advantage_abs": sums["advantage_abs"] / count,
             "grad_norm": norm,
             "learning_rate": rate,
-            "lag": step - sums["snapshot_step"] / count,
-            "lag_max": step - int(self.view.snapshot_step[rows].min()),
-            "tokens": tokens,
+            "lag": step - float(snapshot_steps.mean()),
+            "lag_max": step - int(snapshot_steps.min()),
+            "tokens": float(tokens),
             # Positions computed that belong to no sequence, and those that a shared prompt saved.
-            "padding": max(0.0, 1 - sums["useful"] / sums["positions"]),
-            "shared": max(0.0, 1 - sums["positions"] / sums["useful"]),
-            "utilisation": sums["flops"] / seconds / (self.facts["matmul_flops"] * self.ranks),
+            "padding": max(0.0, 1 - useful / amount.computed),
+            "shared": max(0.0, 1 - amount.computed / useful),
+            **self.speed.step(tokens, flops, seconds),
             "seconds": round(seconds, 4),
         }
 
@@ -264,10 +262,5 @@ SUMS = (
     "entropy",
     "entropy_tokens",
     "advantage_abs",
-    "tokens",
-    "positions",
-    "useful",
-    "flops",
-    "snapshot_step",
 )
-"""What a step adds up over forward passes and ranks, in sums over sequences or tokens."""
+"""What a step adds up over forward passes and ranks, on the device, in sums over sequences or tokens."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -46,15 +46,6 @@ class Layout:
     blocks: tuple[Tensor, ...] = ()
     """flex: of each row of blocks, how many are seen in part [rows], which ones [rows, columns], and the same of those
     that are seen whole; int32, of a list the first so many count."""
-
-    def to(self, device: torch.device) -> Layout:
-        moved: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, tuple):
-                value = tuple(part.to(device) for part in value)
-            moved[field.name] = value.to(device) if isinstance(value, Tensor) else value
-        return Layout(**moved)
 
 
 def lay_out(segments: Sequence[Segment], attention: str) -> Layout:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from trainer.packing import Layout, lay_out
+from trainer.sequence import ALONE, Share, Team
+from trainer.transfer import Packed
 from trainer.view import Example, Integers
 
 
@@ -25,23 +26,23 @@ class Pass:
     behaviour: torch.Tensor  # [sequences, longest completion]
     sampled: torch.Tensor  # [sequences, longest completion]
     mask: torch.Tensor  # [sequences, longest completion]
+    cells: torch.Tensor  # [completion tokens], places of them in mask (flattened)
     advantage: torch.Tensor  # [sequences]
     reward: torch.Tensor  # [sequences]
+    own: torch.Tensor | None = None  # [own tokens], which of sources this rank of a team computes; null: all
 
     def to(self, device: torch.device) -> Pass:
-        moved: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            moved[field.name] = value if value is None else value.to(device)
-        return Pass(**moved)
+        return self if device.type == "cpu" else Packed(self, pin=device.type == "cuda").on(device)
 
 
-def collate(examples: Sequence[Example], groups: Sequence[int], pad: int, attention: str | None) -> Pass:
-    """Lays examples out for one forward pass; `groups` are neighbours that share a prompt.
+def collate(
+    examples: Sequence[Example], groups: Sequence[int], pad: int, attention: str | None, team: Team = ALONE
+) -> Pass:
+    """Lays examples out for one forward pass, on the host; `groups` are neighbours that share a prompt.
 
     With `attention` (a key of `trainer.attention.KERNELS`) they are packed: a prompt once, then its completions
     without their last token, whose output nobody needs. Without it they are padded on the right, where causal
-    attention hides it.
+    attention hides it. What a card would have to be asked for is worked out here: lengths and places.
     """
     widest = max(len(e.completion_tokens) for e in examples)
     behaviour, sampled = (np.zeros((len(examples), widest), np.float32) for _ in range(2))
@@ -61,9 +62,16 @@ def collate(examples: Sequence[Example], groups: Sequence[int], pad: int, attent
         torch.from_numpy(behaviour),
         torch.from_numpy(sampled),
         torch.from_numpy(mask),
+        torch.from_numpy(np.flatnonzero(mask)),
         torch.tensor([e.advantage for e in examples], dtype=torch.float32),
         torch.tensor([e.reward for e in examples], dtype=torch.float32),
+        Share(team, ids.shape[1]).holds(torch.from_numpy(sources)) if team.size > 1 else None,
     )
+
+
+_ONE = np.zeros(1, np.int32)
+FILLER = Example(_ONE, _ONE, np.zeros(1, np.float32), np.zeros(1, np.float32), 0.0, 0.0)
+"""What a rank computes where it has no rows left and others do: a pass of one token."""
 
 
 def shortened(example: Example, longest: int) -> Example:

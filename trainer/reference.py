@@ -14,7 +14,7 @@ import contextlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,10 @@ import torch
 import torch.distributed as dist
 
 from pipeline.progress import Progress
-from pipeline.recipe import Learning
 from pipeline.storage import durable
-from trainer import attention
-from trainer.batches import micro_batches
-from trainer.passes import Pass, collate
-from trainer.sequence import Team
+from trainer.dealing import deal
+from trainer.forward import Forward
+from trainer.prefetch import ahead
 from trainer.view import Block, Example, Floats, Sizes
 
 RECORD = "reference.json"
@@ -68,20 +66,12 @@ def find(folder: Path, identity: dict[str, Any]) -> Stored | None:
     return Stored(folder, record["ranks"]) if record["identity"] == identity else None
 
 
-def recompute(
-    folder: Path,
-    identity: dict[str, Any],
-    blocks: Sequence[Block],
-    settings: Learning,
-    pad: int,
-    score: Callable[[Pass], torch.Tensor],
-    device: torch.device,
-    team: Team,
-) -> Stored:
+def recompute(folder: Path, identity: dict[str, Any], blocks: Sequence[Block], forward: Forward) -> Stored:
     """Computes and stores the log-probabilities of every row; each team of ranks its share. Whole or not at all.
 
-    `score` gives log pi [sequences, tokens] of a forward pass; it is called equally often on all ranks.
+    Each rank calls it. Under ZeRO-3 ranks meet in each pass, so all make equally many of each turn's row groups.
     """
+    team = forward.team
     rank = dist.get_rank()
     partial = folder.with_name(f"{durable.TEMPORARY}{folder.name}")
     if rank == 0:
@@ -90,17 +80,18 @@ def recompute(
     dist.barrier()
     progress = Progress("recompute", len(blocks), "row groups") if rank == 0 else None
     path = partial / _file(team.number)
-    with _writer(path) if team.leads else contextlib.nullcontext() as writer:
-        for turn in range(math.ceil(len(blocks) / team.count)):
-            number = turn * team.count + team.number
-            table = blocks[number].read(_COLUMNS) if number < len(blocks) else None
-            examples = [] if table is None else list(_examples(table))
-            computed = _scored(examples, settings, pad, score, device, team)
+    turns = range(team.number, math.ceil(len(blocks) / team.count) * team.count, team.count)
+    with (
+        _writer(path) if team.leads else contextlib.nullcontext() as writer,
+        ahead(_read(blocks, turns, forward), 2) as items,
+    ):
+        for number, (table, lengths, plan) in zip(turns, items, strict=False):
+            computed = _scored(lengths, plan, items, forward)
             if table is not None and writer is not None:
                 found = pa.array(computed, SCHEMA.field("logprobs").type)
                 writer.write_table(pa.table([table["rollout_id"], found], schema=SCHEMA), row_group_size=1 << 30)
             if progress is not None:
-                progress.add(min(team.count, len(blocks) - turn * team.count), sum(map(len, computed)) * team.count)
+                progress.add(min(team.count, len(blocks) - number), sum(map(len, computed)) * team.count)
     if team.leads:
         durable.sync_file(path)
     dist.barrier()
@@ -129,39 +120,39 @@ def _examples(table: pa.Table) -> Iterator[Example]:
         yield Example(prompt.values.to_numpy(), completion.values.to_numpy(), nothing, nothing, 0.0, 0.0)
 
 
+def _read(blocks: Sequence[Block], turns: Iterable[int], forward: Forward) -> Generator[Any, None, None]:
+    """(table, tokens of each completion, plan) of each row group, null and empty past the last; then its passes."""
+    settings, team = forward.settings, forward.team
+    for number in turns:
+        table = blocks[number].read(_COLUMNS) if number < len(blocks) else None
+        examples = [] if table is None else list(_examples(table))
+        prompts = [example.prompt_tokens.tobytes() for example in examples]
+        numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+        sizes = Sizes(
+            np.array([len(e.prompt_tokens) for e in examples], np.int64),
+            np.array([len(e.completion_tokens) for e in examples], np.int64),
+            np.array([numbers[prompt] for prompt in prompts], np.int64),
+            settings.packing,
+        )
+        usable = np.flatnonzero((sizes.prompt > 0) & (sizes.completion > 0)).tolist()
+        plan = deal(usable, sizes, settings.micro_batch_tokens * team.size, 1, forward.arithmetic)[0]
+        yield table, sizes.completion.tolist(), plan
+        for rows in plan:
+            yield forward.staged([examples[row] for row in rows], sizes.group[rows].tolist())
+
+
 def _scored(
-    examples: Sequence[Example],
-    settings: Learning,
-    pad: int,
-    score: Callable[[Pass], torch.Tensor],
-    device: torch.device,
-    team: Team,
+    lengths: Sequence[int], plan: Sequence[Sequence[int]], passes: Iterator[Any], forward: Forward
 ) -> list[Floats]:
-    """log pi of each example's completion, in their order."""
-    prompts = [example.prompt_tokens.tobytes() for example in examples]
-    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
-    group = np.array([numbers[prompt] for prompt in prompts], np.int64)
-    sizes = Sizes(
-        np.array([len(e.prompt_tokens) for e in examples], np.int64),
-        np.array([len(e.completion_tokens) for e in examples], np.int64),
-        group,
-        settings.packing,
-    )
-    found = [np.zeros(0, np.float32)] * len(examples)
-    usable = np.flatnonzero((sizes.prompt > 0) & (sizes.completion > 0)).tolist()
-    plan = micro_batches(usable, sizes, settings.micro_batch_tokens * team.size)
-    count = torch.tensor(len(plan), device=device)
+    """log pi of each completion of a row group, in their order; nothing where there is no token."""
+    count = torch.tensor(len(plan), device=forward.device)
     dist.all_reduce(count, op=dist.ReduceOp.MAX)
-    kernel = attention.chosen(settings) if settings.packing else None
-    for number in range(int(count)):
-        rows = plan[number] if number < len(plan) else []
-        taken = [examples[row] for row in rows] or [_FILLER]
-        logprobs = score(collate(taken, group[rows].tolist() or [0], pad, kernel).to(device)).cpu().numpy()
-        for line, row in enumerate(rows):
-            found[row] = logprobs[line, : len(examples[row].completion_tokens)]
+    # Fetched when all are computed, so that the device is waited for once.
+    computed = [forward.logprobs(forward.arrived(next(passes))) for _ in plan]
+    for _ in range(int(count) - len(plan)):
+        forward.logprobs(forward.arrived(forward.staged([], [])))
+    found = [np.zeros(0, np.float32)] * len(lengths)
+    for rows, logprobs in zip(plan, computed, strict=True):
+        for row, line in zip(rows, logprobs.cpu().numpy(), strict=True):
+            found[row] = line[: lengths[row]]
     return found
-
-
-_ONE = np.zeros(1, np.int32)
-_FILLER = Example(_ONE, _ONE, np.zeros(1, np.float32), np.zeros(1, np.float32), 0.0, 0.0)
-"""Stands in where a rank has nothing left while others compute."""

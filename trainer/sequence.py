@@ -41,6 +41,9 @@ class Team:
         return self.place == 0
 
 
+ALONE = Team()
+
+
 def form(size: int) -> Team:
     """Deals the ranks into teams of `size`. Each rank calls it; raises RequestError where that leaves some over."""
     ranks, rank = dist.get_world_size(), dist.get_rank()

@@ -36,12 +36,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from trainer.arithmetic import of_model
 from trainer.attention import register
-from trainer.batches import micro_batches
+from trainer.dealing import amount, deal
 from trainer.engine import Scored
-from trainer.insight import Work, matmul_flops
 from trainer.logprobs import token_logprobs
 from trainer.passes import collate
+from trainer.peaks import matmul_flops
 from trainer.policy import load_policy
 from trainer.view import Example, Sizes
 
@@ -107,15 +108,18 @@ def squared(logprobs: torch.Tensor, behaviour: torch.Tensor, mask: torch.Tensor,
     return (BETA2 * ratio - advantage).square().sum()
 
 
-def ours(model: Any, examples: Sequence[Example], groups: Sequence[int]) -> float:
-    sizes = Sizes(
+def sizes_of(examples: Sequence[Example], groups: Sequence[int]) -> Sizes:
+    return Sizes(
         np.array([len(e.prompt_tokens) for e in examples], np.int64),
         np.array([len(e.completion_tokens) for e in examples], np.int64),
         np.array(groups),
         True,
     )
+
+
+def ours(model: Any, examples: Sequence[Example], groups: Sequence[int]) -> float:
     scored, total = Scored(model, TEMPERATURE), 0.0
-    for rows in micro_batches(range(len(examples)), sizes, BUDGET):
+    for rows in deal(range(len(examples)), sizes_of(examples, groups), BUDGET, 1, of_model(model))[0]:
         taken = collate([examples[row] for row in rows], [groups[row] for row in rows], 0, "sdpa")
         chosen = scored(taken.ids, taken.positions, taken.layout, taken.sources, taken.targets)
         logprobs = torch.zeros(taken.mask.shape).masked_scatter(taken.mask, chosen)
@@ -174,7 +178,7 @@ def policy_of(name: str, attention: str) -> Any:
 def step(arguments: argparse.Namespace) -> None:
     packed = policy_of(arguments.policy, register("sdpa"))
     plain = policy_of(arguments.policy, "sdpa")
-    peak = matmul_flops(torch.device("cpu"), clock=clock)
+    peak = matmul_flops(torch.device("cpu"), torch.float32, clock=clock)
     vocabulary = min(packed.config.vocab_size, 40_000)
     for kind in [str(arguments.run)] if arguments.run else arguments.lengths:
         if arguments.run:
@@ -202,6 +206,8 @@ def step(arguments: argparse.Namespace) -> None:
                     seconds[name].append(clock() - started)
         assert max(losses.values()) - min(losses.values()) < 1e-3 * abs(losses["ours"]), losses
         best = {name: min(values) for name, values in seconds.items()}
+        counted = amount([range(len(examples))], sizes_of(examples, groups))
+        flops = of_model(packed).of(counted.positions, counted.targets, counted.pairs)
         print(
             json.dumps(
                 {
@@ -212,7 +218,7 @@ def step(arguments: argparse.Namespace) -> None:
                     "tokens_per_s": {name: round(tokens / value, 1) for name, value in best.items()},
                     "ours_over": {name: round(value / best["ours"], 2) for name, value in best.items()},
                     "positions": {"shared": taken.ids.numel(), "not_shared": alone.ids.numel()},
-                    "utilisation": round(Work(packed).flops(taken) / best["ours"] / peak, 3),
+                    "mfu": round(flops / best["ours"] / peak, 3),
                     "matmul_gflops": round(peak / 1e9, 1),
                 }
             ),

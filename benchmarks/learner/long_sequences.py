@@ -73,7 +73,7 @@ def main() -> None:
         folder = Path(name)
         policy = random_policy(folder / "policy", SHAPE, tokens + 1024)
         for length in (SHORT, tokens):
-            random_rollouts(folder / f"rollouts-{length}", policy, length, PROMPTS, SAMPLES)
+            random_rollouts(folder / f"rollouts-{length}", policy, [length] * PROMPTS * SAMPLES, SAMPLES)
         print("ranks   MiB a rank   seconds          loss     grad norm")
         for ranks in (1, 2):
             before, _, _ = learn(folder, policy, folder / f"rollouts-{SHORT}", ranks, SHORT)

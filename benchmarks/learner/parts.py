@@ -8,6 +8,7 @@ import random
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,23 +44,23 @@ def random_policy(folder: Path, shape: ColdStart, places: int = 1024, spread: fl
     return folder / record.snapshot_id
 
 
-def random_rollouts(folder: Path, policy: Path, tokens: int, prompts: int, samples: int) -> None:
-    """Groups of completions of so many random tokens, without log-probabilities; every other one is right."""
+def random_rollouts(folder: Path, policy: Path, lengths: Sequence[int], samples: int) -> None:
+    """Groups of completions of so many random tokens each, without log-probabilities; every other one is right."""
     record, dice = snapshots.load_record(policy), random.Random(0)
     origin = Provenance(
         snapshot_id=record.snapshot_id, snapshot_sha256=record.sha256, snapshot_step=0, round=0,
-        sampling={"samples": samples, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_tokens": tokens},
+        sampling={"samples": samples, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_tokens": max(lengths)},
         logprobs_mode="missing", engine="none", engine_version="0", tokenizer_sha256=record.tokenizer_sha256,
         chat_template_sha256=record.chat_template_sha256, code_version="0", prompts_sha256="",
     )  # fmt: skip
     verdicts = []
     with RolloutWriter(folder, origin, samples=samples) as writer:
-        for number in range(prompts):
+        for number in range(len(lengths) // samples):
             name, prompt = f"{number:016x}", [dice.randrange(3, 250) for _ in range(8)]
             group = []
             for sample in range(samples):
                 row = rollout_id(record.snapshot_id, 0, name, sample, sample)
-                completion = [dice.randrange(3, 250) for _ in range(tokens)]
+                completion = [dice.randrange(3, 250) for _ in range(lengths[number * samples + sample])]
                 group.append(
                     Rollout(row, 0, record.snapshot_id, 0, name, sample, prompt, completion, None, "", "stop", sample)
                 )

@@ -97,7 +97,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         policy = random_policy(folder / "policy", SHAPE, spread=0.02)
-        random_rollouts(folder / "rollouts", policy, 24, STEPS, 2)
+        random_rollouts(folder / "rollouts", policy, [24] * 2 * STEPS, 2)
         for title, way in WAYS.items():
             found = [lost(folder, policy, folder / "rollouts", way, n, keep) for n in counts for keep in (False, True)]
             print(

@@ -50,6 +50,18 @@ def test_steps_of_an_earlier_process_are_left_out(tmp_path: Path) -> None:
     assert told == [(5, {"loss": 4.5, "gradient norm": 45.0})]
 
 
+def test_a_log_begun_by_an_older_version_is_read(tmp_path: Path) -> None:
+    clock, told = Clock(), list[tuple[int, dict[str, float]]]()
+    log = tmp_path / "log.jsonl"
+    log.write_text(
+        '{"step": 1, "loss": 1, "utilisation": 0.5}\n{"step": 2, "loss": 3, "mfu": 0.25}\n', encoding="utf-8"
+    )
+    curve = LearningCurve(log, lambda step, means: told.append((step, means)), clock)
+    clock.now = 11.0
+    curve("learn: 2/7 steps, 6 s left")
+    assert told == [(2, {"loss": 2.0, "MFU": 0.25})]
+
+
 def test_a_day_has_some_hundred_points(tmp_path: Path) -> None:
     clock, told = Clock(), list[int]()
     log = tmp_path / "log.jsonl"

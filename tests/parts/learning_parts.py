@@ -207,7 +207,11 @@ deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
 from pipeline.ending import leave
 from pipeline import logits
 from trainer import engine
-from trainer.learner import learn
+from trainer import learner
+sys.path.insert(0, sys.argv[3])
+import no_waiting
+no_waiting.in_passes(learner)
+learn = learner.learn
 # As with long sequences and large weights: several chunks of logits, not as many on each rank, and nothing that ZeRO-3
 # would rather keep whole.
 logits.CHUNK_ELEMENTS, logits.KEPT_ELEMENTS = 1200, 2400
@@ -229,7 +233,7 @@ def learn_in_processes(count: int, works: list[Any], folder: Path) -> list[Learn
     (folder / "works").write_bytes(pickle.dumps(works))
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", RANK, str(folder / "works"), str(folder / "store")],
+            [sys.executable, "-c", RANK, str(folder / "works"), str(folder / "store"), str(Path(__file__).parent)],
             env=trainer_environment(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count)),
             stderr=subprocess.PIPE,
             text=True,

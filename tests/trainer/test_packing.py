@@ -13,13 +13,12 @@ from attention_parts import put_in_place
 from learning_parts import plain_logprobs
 
 from trainer.attention import register
-from trainer.batches import micro_batches, split_over_ranks
 from trainer.engine import ALONE, Scored
 from trainer.losses import LOSSES, Batch, Settings
 from trainer.passes import collate
 from trainer.policy import load_policy
 from trainer.sequence import Team
-from trainer.view import Example, Sizes
+from trainer.view import Example
 
 TEMPERATURE = 0.7
 
@@ -54,8 +53,9 @@ def loss_and_gradients(model: Any, scored: torch.Tensor, examples: list[Example]
 def our_logprobs(
     model: Any, examples: list[Example], groups: list[int], attention: str | None, team: Team = ALONE
 ) -> torch.Tensor:
-    taken = collate(examples, groups, 0, attention)
-    chosen = Scored(model, TEMPERATURE, team)(taken.ids, taken.positions, taken.layout, taken.sources, taken.targets)
+    taken = collate(examples, groups, 0, attention, team)
+    told = taken.ids, taken.positions, taken.layout, taken.sources, taken.targets, taken.own
+    chosen = Scored(model, TEMPERATURE, team)(*told)
     return torch.zeros(taken.mask.shape).masked_scatter(taken.mask, chosen)
 
 
@@ -101,35 +101,3 @@ def test_what_stands_elsewhere_changes_nothing(policy: Path, attention: str) -> 
         for number, example in enumerate(examples):
             alone = our_logprobs(model, [example], [0], attention)[0]
             torch.testing.assert_close(together[number, : len(alone)], alone, rtol=0, atol=3e-6)
-
-
-def sizes_of(seed: int, packed: bool, groups: int = 12, members: int = 8) -> Sizes:
-    rng = np.random.default_rng(seed)
-    return Sizes(
-        np.repeat(rng.integers(5, 40, groups), members),
-        rng.integers(1, 120, groups * members),
-        np.repeat(np.arange(groups), members),
-        packed,
-    )
-
-
-@pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("budget", [1, 200, 1000, 10**6])
-def test_passes_hold_every_row_once_within_the_budget(packed: bool, budget: int) -> None:
-    sizes = sizes_of(0, packed)
-    passes = micro_batches(range(96), sizes, budget)
-    assert sorted(row for part in passes for row in part) == list(range(96))
-    assert all(sizes.of(part) <= budget or len(part) == 1 for part in passes)
-    if packed and budget >= 1000:
-        # Next to no prompt is computed twice.
-        once = sizes.of(range(96))
-        assert sum(sizes.of(part) for part in passes) <= once * 1.05
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
-def test_ranks_get_like_shares(ranks: int) -> None:
-    sizes = sizes_of(1, True)
-    shares = split_over_ranks(range(96), sizes, ranks)
-    assert sorted(row for share in shares for row in share) == list(range(96))
-    loads = [sizes.of(share) for share in shares]
-    assert max(loads) <= 1.15 * sum(loads) / ranks

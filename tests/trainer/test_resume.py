@@ -24,6 +24,8 @@ Learn = Callable[..., Learned]
 Recipes = Callable[..., Recipe]
 
 KILLS = 20
+MEASURED = ("seconds", "tokens_per_second", "tokens_per_second_per_rank", "mfu", "peak_resident_gib")
+"""What of a step no two runs have alike."""
 
 # A process that has imported everything forks one child a try; the child learns and is killed at a random moment.
 DRIVER = """
@@ -107,7 +109,7 @@ def published(out: Path) -> tuple[dict[str, str], list[dict[str, Any]]]:
 
 
 def without_times(record: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in record.items() if key not in ("seconds", "utilisation")}
+    return {key: value for key, value in record.items() if key not in MEASURED}
 
 
 class Stop(Exception):
