@@ -183,39 +183,45 @@ def advice(recipe: Recipe, shape: Shape, given: Given, made: Plan) -> Iterator[s
 
 
 def _fitting(recipe: Recipe, shape: Shape, gpu_memory: float, made: Plan) -> Iterator[str]:
-    """What to change, one thing after another, until a rank of the learner fits; nothing where it does."""
     room = HEADROOM * gpu_memory * GIB
     needed = made.memory[made.stage].total(made.checkpointing)
     if needed <= room:
         yield f"learner: fits; a rank takes {show_bytes(needed)} of {gpu_memory:g} GiB"
-        return
+    else:
+        what = f"learner: a rank takes {show_bytes(needed)}, more than {HEADROOM:.0%} of {gpu_memory:g} GiB"
+        yield f"{what}; {cure(recipe, shape, room)}"
+
+
+def cure(recipe: Recipe, shape: Shape, room: float, *, cards: bool = True) -> str:
+    """What to change, one thing after another, until a rank of the learner fits into so many bytes."""
     changes: list[str] = []
+    least = learner_memory(recipe, shape, runs_as(recipe.learning)).total(recipe.learning.activation_checkpointing)
     settings = recipe.learning
-    for change in _changes(settings):
+    for change in _changes(recipe, cards):
         settings = settings.model_copy(update=change)
         changes += [f"learning.{name}={str(value).lower()}" for name, value in change.items()]
         trial = learner_memory(recipe.model_copy(update={"learning": settings}), shape, settings.zero_stage)
         least = trial.total(settings.activation_checkpointing)
         if least <= room:
             host = f", with {show_bytes(trial.host)} of the host's memory" if trial.host else ""
-            yield (
-                f"learner: a rank takes {show_bytes(needed)}, more than {HEADROOM:.0%} of {gpu_memory:g} GiB; set "
-                f"{' '.join(changes)}, and it takes {show_bytes(least)}{host}"
-            )
-            return
-    yield (
-        f"learner: a rank takes {show_bytes(needed)}, more than {HEADROOM:.0%} of {gpu_memory:g} GiB, and "
-        f"{show_bytes(least)} with {' '.join(changes)}; take more ranks, or shorter sequences"
-    )
+            return f"set {' '.join(changes)}, and it takes {show_bytes(least)}{host}"
+    more = f" (it takes {show_bytes(least)} with {' '.join(changes)})" if changes else ""
+    return f"take more ranks, or shorter sequences{more}"
 
 
-def _changes(settings: Learning) -> Iterator[dict[str, Any]]:
-    """Settings that save memory, the cheapest first."""
+def _changes(recipe: Recipe, cards: bool) -> Iterator[dict[str, Any]]:
+    """Settings that save memory, the cheapest first; without cards there is nothing to move to the host from."""
+    settings = recipe.learning
+    longest = math.ceil(recipe.generation.max_model_len / settings.sequence_parallel)
+    if settings.micro_batch_tokens > longest:
+        yield {"micro_batch_tokens": longest}
     if not settings.activation_checkpointing:
         yield {"activation_checkpointing": True}
     if settings.ranks > 1:
         for stage in range(settings.zero_stage + 1, 4):
             yield {"zero_stage": stage}
+    if not cards:
+        return
     if settings.offload == "none":
         yield {"offload": "optimizer", "zero_stage": 3 if settings.ranks > 1 else max(1, settings.zero_stage)}
     if settings.offload != "all":
