@@ -1,8 +1,8 @@
 """How a process of the learner becomes one rank, or starts as many as the recipe asks for, on one node or several.
 
 A process that finds RANK set is a rank, whoever started it. One that finds OAPL_NODE set starts its node's ranks
-through torchrun's own launcher (it is the node's agent). Any other is the head: it starts the only rank, the ranks of this
-machine, or an agent a node, and tells of what failed in one line.
+through torchrun's own launcher (it is the node's agent). Any other is the head: it starts the only rank, the ranks of
+this machine, or an agent a node, and tells of what failed in one line.
 """
 
 from __future__ import annotations
@@ -112,9 +112,8 @@ def _short_of_memory(error: Exception, cure: Callable[[], str]) -> WorkError | N
         return None
     where = "the host"
     if torch.cuda.is_available():
-        where = (
-            f"its card's {torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30:.0f} GiB"
-        )
+        card = torch.cuda.get_device_properties(torch.cuda.current_device())
+        where = f"its card's {card.total_memory / 2**30:.0f} GiB"
     return WorkError(f"rank {os.environ['RANK']} of the learner needs more memory than {where}; {cure()}")
 
 

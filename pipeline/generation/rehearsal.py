@@ -13,13 +13,15 @@ import time
 from pathlib import Path
 
 from pipeline.ending import leave
-from pipeline.errors import OaplError
+from pipeline.errors import OaplError, WorkError
 from pipeline.generation.engine import Request
 from pipeline.generation.vllm_engine import VllmEngine
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.storage.durable import write_durably
 
 TOKENS, REQUESTS = 8, 4
+MOST = 400
+"""Letters of vLLM's own words in an error's line."""
 
 
 def rehearse(recipe: Recipe, policy: Path) -> dict[str, object]:
@@ -29,13 +31,21 @@ def rehearse(recipe: Recipe, policy: Path) -> dict[str, object]:
     started = time.monotonic()
     engine = VllmEngine(policy, settings, recipe.seed)
     ready = time.monotonic()
+    try:
+        tokens = _sample(engine)
+    except Exception as error:  # noqa: BLE001 - a kernel that this policy has no use for fails in its own way
+        raise WorkError(f"vLLM starts with {policy} and can't sample: {' '.join(str(error).split())[:MOST]}") from error
+    return {"seconds": round(ready - started, 1), "longest": settings.max_model_len, "tokens": tokens}
+
+
+def _sample(engine: VllmEngine) -> int:
     for number in range(REQUESTS):
         engine.submit(Request(str(number), [1, 2, 3, 4], number))
     left, tokens = REQUESTS, 0
     while left:
         for made in engine.step():
             left, tokens = left - 1, tokens + len(made.tokens)
-    return {"seconds": round(ready - started, 1), "longest": settings.max_model_len, "tokens": tokens}
+    return tokens
 
 
 def main() -> None:

@@ -136,7 +136,8 @@ def read_mark(mark: Path) -> dict[str, Any]:
 
 def one_line(told: dict[str, Any]) -> str:
     """What the mark holds, for a terminal: `engine starts in 41 s; learner ...`."""
-    return "; ".join(filter(None, [*_parts(told["trials"]), str(told["left_out"])]))
+    why = [str(told["left_out"])] if told["left_out"] else []
+    return "; ".join([*_parts(told["trials"]), *why])
 
 
 def _parts(found: dict[str, Any]) -> Iterator[str]:
