@@ -53,7 +53,7 @@ def _preflight(work: Step, snapshot: snapshots.Snapshot) -> str:
     """Engine and learner are tried under the recipe's settings, once a run, before anything is generated."""
 
     def start(name: str, module: str, words: Sequence[object]) -> None:
-        work.start(name, module, words)
+        work.start(name, module, words, again=False)
 
     with (work.run.path / ".preflight.lock").open("w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # rounds that lag are at it together

@@ -119,7 +119,7 @@ def rehearse(recipe: Recipe, recipe_file: Path, policy: Path, mark: Path, start:
     if "learner" in results and shape is not None:
         planned = learner_memory(recipe, shape, runs_as(recipe.learning))
         results["learner"]["planned_bytes"] = planned.total(recipe.learning.activation_checkpointing)
-    told = {"identity": own, "machine": machine.identity(), "trials": results, "left_out": why}
+    told: dict[str, Any] = {"identity": own, "machine": machine.identity(), "trials": results, "left_out": why}
     told["checks"] = [asdict(one) for one in checks]
     write_durably(mark, (json.dumps(told, indent=1) + "\n").encode())
     return told
