@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from pipeline.errors import OaplError
 from pipeline.recipe import Recipe
 from trainer import launching
@@ -138,11 +140,12 @@ def _rehearse(recipe: Recipe, policy: Path, folder: Path, out: Path) -> None:
     from trainer.work import Round
 
     started = time.monotonic()
+    before = psutil.Process().memory_info().rss  # Python and its libraries, of which a plan knows nothing
     deepspeed.init_distributed(launching.backend(), verbose=False)
     log = folder / "out" / "learning.jsonl"
     rehearse(Round(for_rehearsal(recipe), locate(folder / "rollouts"), policy, folder / "out", log, 0))
     on_cards = torch.cuda.is_available()
-    peak = torch.cuda.max_memory_reserved() if on_cards else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = torch.cuda.max_memory_reserved() if on_cards else _peak_of_the_process() - before
     peaks = [0] * dist.get_world_size()
     dist.all_gather_object(peaks, peak)
     dist.destroy_process_group()
@@ -157,6 +160,10 @@ def _rehearse(recipe: Recipe, policy: Path, folder: Path, out: Path) -> None:
             "device": torch.cuda.get_device_name() if on_cards else "cpu",
         }
         write_durably(out, (json.dumps(told) + "\n").encode())
+
+
+def _peak_of_the_process() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":

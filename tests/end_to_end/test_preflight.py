@@ -36,19 +36,25 @@ def small(policy: Path, **parts: Any) -> dict[str, Any]:
 
 
 def run(
-    tree: dict[str, Any], folder: Path, *words: str, quick: bool = True, **environment: str
+    tree: dict[str, Any],
+    folder: Path,
+    *words: str,
+    command: str = "run",
+    quick: bool = True,
+    limit: float = LIMIT_S,
+    **environment: str,
 ) -> subprocess.CompletedProcess[str]:
     (folder / "recipe.yaml").write_text(yaml.safe_dump({"name": "mine"} | tree))
     return subprocess.run(
         [
-            *(sys.executable, "-P", "-m", "pipeline.cli", "run"),
+            *(sys.executable, "-P", "-m", "pipeline.cli", command),
             *("--recipe", str(folder / "recipe.yaml"), "--root", str(folder / "data"), *words),
         ],
         env=child_environment(*([QUICK_ENGINE] if quick else [])) | environment,
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=LIMIT_S,
+        timeout=limit,
         check=False,
     )
 
@@ -88,8 +94,19 @@ def test_a_policy_that_the_learner_would_compute_wrongly(policy: Path, tmp_path:
     assert "preflight learner: " in line and "its logits are scaled (logits_scaling)" in line
 
 
-def test_a_recipe_that_works_is_tried_once(policy: Path, tmp_path: Path) -> None:
-    done = run(small(policy, learning={"max_logprob_gap": 9, "drop_uniform_groups": False}), tmp_path)
+def test_a_recipe_that_works(policy: Path, tmp_path: Path) -> None:
+    """The command of its own: the table, and what the trials took."""
+    done = run(small(policy), tmp_path, command="preflight")
+    assert done.returncode == 0, done.stderr
+    said = " ".join(done.stdout.split())
+    assert "the engine starts in" in said and "a step of the learner at 96 tokens takes" in said
+    assert said.count(" fits ") >= 5 and list((tmp_path / "data").iterdir()) == []
+
+
+@pytest.mark.system
+def test_a_run_is_tried_once(policy: Path, tmp_path: Path) -> None:
+    tree = small(policy, learning={"max_logprob_gap": 9, "drop_uniform_groups": False})
+    done = run(tree, tmp_path, limit=600)
     assert done.returncode == 0, done.stderr
     (said,) = [line for line in done.stderr.splitlines() if "· preflight: " in line]
     assert "the engine starts in" in said and "a step of the learner at 96 tokens takes" in said
@@ -97,7 +114,7 @@ def test_a_recipe_that_works_is_tried_once(policy: Path, tmp_path: Path) -> None
     told = json.loads(mark.read_text())
     assert told["trials"]["learner"]["peak_bytes"] > 0 and told["trials"]["learner"]["planned_bytes"] > 0
     before = mark.stat().st_mtime_ns
-    again = run(small(policy, learning={"max_logprob_gap": 9, "drop_uniform_groups": False}), tmp_path, "--rounds", "2")
+    again = run(tree, tmp_path, "--rounds", "2", limit=600)
     assert again.returncode == 0, again.stderr
     assert "preflight engine: started" not in again.stderr and mark.stat().st_mtime_ns == before
 
