@@ -79,11 +79,17 @@ class Step:
         note_stage(self.run, self.round, stage, seconds=time.monotonic() - started, **facts)
 
     def start(
-        self, stage: str, module: str, words: Sequence[object], hear: Callable[[str], None] | None = None
+        self,
+        stage: str,
+        module: str,
+        words: Sequence[object],
+        hear: Callable[[str], None] | None = None,
+        *,
+        again: bool = True,
     ) -> None:
         """Runs `python -m module words...` to its end. Raises dagster.Failure with the child's one line.
 
-        `hear` is called with each line of progress, which is said besides.
+        `hear` is called with each line of progress, which is said besides. `again`: work that fails is tried twice.
         """
 
         def tell(line: str) -> None:
@@ -97,7 +103,8 @@ class Step:
         try:
             run_child(command, log, tell, copy_to=sys.stderr)
         except ChildFailed as failed:
-            self._try_again(stage, failed)
+            if again:
+                self._try_again(stage, failed)
             raise dg.Failure(
                 description=f"{stage}: {failed.message}",
                 metadata={

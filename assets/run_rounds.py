@@ -23,6 +23,7 @@ from assets.running.tables import summary_tables
 from pipeline.errors import OaplError, RequestError, WorkError
 from pipeline.evaluation.report import write_report
 from pipeline.layout import Run, dagster_home, round_key
+from pipeline.planning import preflight
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.runs.open import open_run
 from pipeline.runs.stages import read_stages
@@ -43,9 +44,12 @@ def main() -> int:
     arguments = _arguments()
     try:
         recipe = load_recipe(arguments.recipe, arguments.set)
+        if arguments.no_preflight:
+            os.environ[preflight.SKIP] = "0"
         root, url = root_of(arguments.root)
         remote = Chosen(root, recipe.name, url=url).remote(recipe.name)
         with _brought(remote):
+            preflight.check(recipe, Run(root, recipe.name).path)
             run = open_run(root, recipe)
             chosen = Chosen(root, str(run.recipe), url=url)
             os.environ |= chosen.environment() | {"DAGSTER_HOME": str(prepare_home(root))}
@@ -64,6 +68,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m assets.run_rounds", description=__doc__)
     parser.add_argument("--recipe", default=DEFAULT_RUN)
     parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE")
+    parser.add_argument("--no-preflight", action="store_true", help="try neither engine nor learner first")
     parser.add_argument("--root", default="data", help="a folder or a URL")
     return parser.parse_args()
 

@@ -16,9 +16,12 @@ from assets.rounds import GROUP, PREFIX, open_rounds, rounds, unfinished
 from assets.running.instance import LEARNER_POOL
 from assets.verdicts import verdicts
 from pipeline.policies import snapshots
+from pipeline.recipe import Learning
 from pipeline.runs.stages import read_stages
 
 STAGE = "learn"
+STARTING = {"launcher", "hosts"}
+"""Settings of where ranks run: what is learned does not hang on them."""
 WAIT_S, WAITS = 10, 1 << 20
 
 
@@ -68,7 +71,7 @@ def _inputs(work: Step) -> dict[str, Any]:
         "verdicts": summary.versions if summary else {},
         "policy": _parent(work).snapshot_id,
         "seed": work.recipe.seed,
-        **work.recipe.learning.model_dump(mode="json"),
+        **work.recipe.learning.model_dump(mode="json", exclude=STARTING),
     }
 
 
@@ -85,7 +88,9 @@ def _behaviour(work: Step) -> snapshots.Snapshot:
 
 def _learned(work: Step) -> bool:
     told = read_stages(work.run, work.round).get(STAGE, {}).get("inputs")
-    return told == _inputs(work) and snapshots.newest(work.run, work.round) is not None
+    # A round that was learned before a setting existed had what is now its default.
+    same = told is not None and Learning().model_dump(mode="json", exclude=STARTING) | told == _inputs(work)
+    return same and snapshots.newest(work.run, work.round) is not None
 
 
 def _learn(work: Step) -> None:
@@ -125,7 +130,8 @@ def _result(work: Step) -> Made:
     parent = work.snapshot(summary["parent"])
     residual = summary.get("residual_gap")
     seconds = read_stages(work.run, work.round).get(STAGE, {}).get("seconds", 0.0)
-    work.say(f"{STAGE}: done, {summary['steps']:,} steps to {snapshot.snapshot_id}, {seconds:.1f} s")
+    done = f"{summary['steps']:,} steps to {snapshot.snapshot_id}, {seconds:.1f} s"
+    work.say(f"{STAGE}: done, {done}{_odd(work, summary)}")
     return dg.MaterializeResult(
         metadata=tidy(
             {
@@ -161,6 +167,12 @@ SPEED = ("tokens_per_second", "tokens_per_second_per_rank", "mfu", "peak_memory_
 def _by_label(numbers: dict[str, Any], names: Iterable[str] = LABELS) -> dict[str, Any]:
     """Those that are there: older versions logged others."""
     return {LABELS[name]: numbers[name] for name in names if name in numbers}
+
+
+def _odd(work: Step, summary: dict[str, Any]) -> str:
+    """That there is less data than one batch, which is learned from in one odd step."""
+    found, wanted = summary["sequences"] * work.recipe.learning.epochs, work.recipe.learning.batch_size
+    return f"; its only step has {found} sequences, and learning.batch_size is {wanted}" if found < wanted else ""
 
 
 def _last_step(work: Step) -> dict[str, Any]:

@@ -28,6 +28,11 @@ class Run:
         return self.path / "recipe.yaml"
 
     @property
+    def preflight(self) -> Path:
+        """What was tried before anything was generated, on which machine, and what it took."""
+        return self.path / "preflight.json"
+
+    @property
     def prompts(self) -> Path:
         """The prompt set, train and held out."""
         return self.path / "prompts.parquet"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -122,11 +123,14 @@ class Verification(_Part):
 
 
 class Learning(_Part):
+    """How a round is learned. The defaults are for a pretrained model of billions of weights on cards; a policy of a
+    few million, which learns nothing at such a rate, names its own (see recipe `tiny`)."""
+
     loss: Literal["oapl", "grpo", "sft"] = "oapl"
     """`grpo` and `sft` (imitation of right completions) are there to compare with, on the same batches."""
     beta1: Annotated[float, Field(gt=0)] = 1.0
     """Temperature of the value estimate V(x): towards 0 the group's best reward, towards infinity its mean."""
-    beta2: Annotated[float, Field(gt=0)] = 0.2
+    beta2: Annotated[float, Field(gt=0)] = 1e-3
     """Scale of the log-ratio in the loss; the regression target is (r - V) / beta2 nats."""
     clip_low: Annotated[float, Field(gt=0, le=1)] = 0.8
     clip_high: Annotated[float, Field(ge=1)] = 1.28
@@ -135,7 +139,7 @@ class Learning(_Part):
     """grpo with `behaviour: recomputed`: largest weight of a token for what engine and trainer disagree by."""
     optimizer: Literal["torch", "deepspeed"] = "torch"
     """Whose AdamW: torch's fused one, or DeepSpeed's, which needs a compiler (nvcc, with `offload` a C++ one)."""
-    learning_rate: Annotated[float, Field(gt=0, lt=1)] = 1.5e-4
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] = 1e-6
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     final_learning_rate: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Where linear and cosine end, as a share of `learning_rate`."""
@@ -148,10 +152,10 @@ class Learning(_Part):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip: Annotated[float, Field(gt=0)] = 1.0
     """Largest global gradient norm."""
-    epochs: Positive = 2
-    batch_size: Positive = 32
+    epochs: Positive = 1
+    batch_size: Positive = 256
     """Sequences an optimizer step, over all ranks."""
-    micro_batch_tokens: Positive = 4096
+    micro_batch_tokens: Positive = 16_384
     """Tokens, padding included, of a forward pass on one rank; the longest sequence may exceed it alone."""
     keep_optimizer: bool = True
     """Carry Adam's moments from round to round; float32 masters of bfloat16 weights, and adapters, always are."""
@@ -171,13 +175,19 @@ class Learning(_Part):
     gap adds to each residual. 0.05 is less than any advantage of eight completions with rewards 0 and 1 and beta1 1
     (the least is 0.08), so that no sign turns. null: no bound."""
     ranks: Positive = 1
+    """Processes that learn together, one a card, over all nodes."""
+    launcher: Literal["local", "torchrun-hosts", "slurm"] = "local"
+    """Who starts the ranks: one launcher on this machine; one on each of `hosts`, through ssh; or one on each node of
+    the Slurm allocation that this runs in, through srun. All nodes see the same folders."""
+    hosts: tuple[str, ...] = ()
+    """torchrun-hosts: the nodes, as ssh knows them; each has ranks / hosts of the ranks, the first one rank 0."""
     sequence_parallel: Positive = 1
     """Ranks that share each forward pass, for long sequences: each keeps that share of its activations. Divides `ranks`
     and the policy's attention heads."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
     offload: Literal["none", "optimizer", "all"] = "none"
     """What DeepSpeed keeps in the host's memory: the optimizer (from zero_stage 1), or weights, too (zero_stage 3)."""
-    dtype: DType = "float32"
+    dtype: DType = "bfloat16"
     """bfloat16 computes in bfloat16 and keeps float32 master weights in the optimizer (so it runs
     as zero_stage 1 at the least)."""
     attention: Literal["auto", "sdpa", "eager", "varlen", "flash", "flex"] = "auto"
@@ -186,7 +196,7 @@ class Learning(_Part):
     packing: bool = True
     """Completions one after another without padding, a group's prompt computed once. False pads, for a policy whose
     attention can't be packed."""
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool = True
     """Compute activations twice instead of keeping them."""
     lora_rank: Annotated[int, Field(ge=0)] = 0
     """Rank of adapters on all linear layers, trained instead of the weights and merged into the snapshot; 0: none. The
@@ -207,6 +217,25 @@ class Learning(_Part):
             raise ValueError("sequence_parallel splits packed batches; leave packing on")
         if self.batch_size % teams:
             raise ValueError(f"batch_size {self.batch_size} must be a multiple of {teams} (ranks / sequence_parallel)")
+        return self
+
+    @property
+    def nodes(self) -> int:
+        """Machines that the ranks are spread over; under Slurm it is the allocation that says how many."""
+        if self.launcher == "slurm":
+            return int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
+        return max(1, len(self.hosts))
+
+    @property
+    def ranks_a_node(self) -> int:
+        return -(-self.ranks // self.nodes)
+
+    @model_validator(mode="after")
+    def _nodes(self) -> Learning:
+        if (self.launcher == "torchrun-hosts") != bool(self.hosts):
+            raise ValueError(f"hosts belong to launcher=torchrun-hosts, and it to them; launcher is {self.launcher}")
+        if self.hosts and self.ranks % len(self.hosts):
+            raise ValueError(f"ranks {self.ranks} must be a multiple of the {len(self.hosts)} hosts")
         return self
 
     @model_validator(mode="after")

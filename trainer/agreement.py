@@ -77,7 +77,7 @@ def _refuse_leaks(forward: Forward, work: Round) -> None:
     rows = _telling(view.sizes)
     examples = [shortened(view.example(row), LEAK_TOKENS[device.type == "cuda"]) for row in rows]
     groups = view.sizes.group[rows].tolist()
-    packed = forward.logprobs(collate(examples, groups, pad, forward.attention).to(device))
+    packed = forward.logprobs(forward.arrived(forward.staged(examples, groups)))
     plain = []
     for kernel in ("sdpa", "eager"):
         with attention.plain_attention(forward.engine.module.model, kernel):

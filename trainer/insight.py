@@ -147,5 +147,6 @@ def planned_memory(recipe: Recipe, policy: Path, ranks: int) -> float | None:
         shape = shape_of(recipe, policy)
     except RequestError:  # learning needs no plan
         return None
-    planned = learner_memory(recipe.model_copy(update={"learning": settings}), shape, settings.zero_stage)
+    card = torch.cuda.get_device_properties().total_memory / GIB if torch.cuda.is_available() else None
+    planned = learner_memory(recipe.model_copy(update={"learning": settings}), shape, settings.zero_stage, card)
     return planned.total(settings.activation_checkpointing) / GIB

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from pipeline.errors import RequestError, WorkError
 from pipeline.policies import snapshots
 from pipeline.progress import Progress
-from trainer import agreement, batches, checkpoints, dealing, insight, kept, writing
+from trainer import agreement, batches, checkpoints, dealing, insight, kept, trial, writing
 from trainer.forward import Forward, Step
 from trainer.losses import EXTRA, LOSSES, Settings, diagnostics
 from trainer.passes import Pass
@@ -67,6 +67,15 @@ def learn(work: Round) -> dict[str, Any]:
     return summary
 
 
+def rehearse(work: Round) -> None:
+    """Learns as `learn` does and publishes nothing: what is wrong is said before there is data. Each rank calls it."""
+    settings = work.recipe.learning
+    refuse_missing_packages(settings)
+    learner = _Learner(work, from_rank_0(lambda: View([work.data], settings)), snapshots.load_record(work.policy))
+    learner.prepare()
+    learner.run()
+
+
 class _Learner:
     def __init__(self, work: Round, view: View, parent: snapshots.Snapshot) -> None:
         self.work, self.view, self.parent = work, view, parent
@@ -106,11 +115,12 @@ class _Learner:
             "round": self.work.number,
             "seed": self.work.recipe.seed,
             "ranks": self.ranks,
-            "learning": self.settings.model_dump(mode="json", exclude={"checkpoint_every", "tensorboard"}),
+            "learning": self.settings.model_dump(mode="json", exclude=APART),
         }
 
     def prepare(self) -> None:
         """What comes before the first step, or, where a checkpoint of this very round is there, instead of it."""
+        trial.longest_pass(self.forward)
         lagging = self.behaviour.sha256 != self.parent.sha256
         if lagging:
             self._compare()
@@ -252,6 +262,8 @@ class _Learner:
 WORTH_TELLING = 0.1
 """Share of an update that publishing may round away in silence."""
 
+APART = {"checkpoint_every", "tensorboard", "launcher", "hosts"}
+"""Settings that no weight hangs on."""
 SUMS = (
     "loss",
     "log_ratio",

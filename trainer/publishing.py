@@ -51,9 +51,12 @@ def learn_for(out: str, work: Round) -> dict[str, Any]:
     RequestError where ranks on several machines have no working folder in common.
     """
     if local_path(out) is not None:
+        _refuse_apart(
+            work.out, f"--out {out} is not one folder on all nodes; give one on a file system that they share"
+        )
         return learn(work)
     copy = copy_of(out, MARKS)
-    _refuse_apart(copy.folder)
+    _refuse_apart(copy.folder, APART)
     task, learned = from_rank_0(lambda: _learned(copy, work))
     if learned is not None:
         return learned
@@ -88,7 +91,10 @@ def _learned(copy: Copy, work: Round) -> tuple[str, dict[str, Any] | None]:
     return task, summary if whole else None
 
 
-def _refuse_apart(folder: Path) -> None:
+APART = "--out is a URL and the ranks are on several machines; set OAPL_CACHE to a folder that all of them share"
+
+
+def _refuse_apart(folder: Path, why: str) -> None:
     """DeepSpeed's state is written by all ranks, and read back by others: they must see one folder."""
     probe = from_rank_0(lambda: _probe(folder))
     seen: list[bool] = [False] * dist.get_world_size()
@@ -96,12 +102,11 @@ def _refuse_apart(folder: Path) -> None:
     if dist.get_rank() == 0:
         (folder / probe).unlink()
     if not all(seen):
-        raise RequestError(
-            "--out is a URL and the ranks are on several machines; set OAPL_CACHE to a folder that all of them share"
-        )
+        raise RequestError(why)
 
 
 def _probe(folder: Path) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
     name = f".probe-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     (folder / name).touch()
     return name

@@ -48,7 +48,7 @@ from trainer.view import Example, Sizes
 
 TEMPERATURE, BETA2 = 1.0, 0.05
 BUDGET = 4096
-"""Positions a pass: the recipe's default."""
+"""Positions a pass: that of recipe `tiny`."""
 SEQUENCES_A_PASS = 8
 """TRL's default per_device_train_batch_size."""
 

@@ -34,7 +34,8 @@ def learn(folder: Path, policy: Path, rollouts: Path, ranks: int, tokens: int) -
     recipe = out / "recipe.yaml"
     settings = {
         "batch_size": PROMPTS * SAMPLES, "epochs": 1, "learning_rate": 1e-4, "behaviour": "recomputed",
-        "attention": "sdpa", "ranks": ranks, "sequence_parallel": ranks,
+        "dtype": "float32", "activation_checkpointing": False, "attention": "sdpa",
+        "ranks": ranks, "sequence_parallel": ranks,
         "micro_batch_tokens": (tokens + 64) // ranks,
     }  # fmt: skip
     recipe.write_text(json.dumps({"name": "long", "policy": {"model": str(policy)}, "learning": settings}))

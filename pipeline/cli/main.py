@@ -11,7 +11,7 @@ from pipeline import modules
 from pipeline.cli import prompts
 from pipeline.cli.comparisons import compare
 from pipeline.cli.completions import generate
-from pipeline.cli.plans import plan
+from pipeline.cli.plans import plan, preflight
 from pipeline.cli.policies import evaluate, train
 from pipeline.cli.runs import run, ui
 from pipeline.cli.verdicts import verify
@@ -25,7 +25,7 @@ app = typer.Typer(
     help="Rollout datasets and off-policy training for reasoning models: generate, judge, keep, share, learn.",
 )
 
-for command in (run, ui, generate, verify, train, evaluate, compare, plan):
+for command in (run, ui, generate, verify, train, evaluate, compare, plan, preflight):
     app.command()(command)
 app.add_typer(prompts.app, name="prompts")
 

@@ -7,8 +7,20 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline.cli.options import SetOption
+from pipeline.cli.options import RecipeOption, RootOption, SetOption
 from pipeline.errors import RequestError
+
+
+def preflight(
+    recipe: RecipeOption = "tiny",
+    root: RootOption = "data",
+    set: SetOption = None,
+    trial: Annotated[bool, typer.Option("--trial/--no-trial", help="Also start engine and learner.")] = True,
+) -> None:
+    """Whether a recipe works on this machine: what fits, and a trial of engine and learner at full length."""
+    from pipeline.cli.tried import preflight as look
+
+    look(recipe or "tiny", root, set or [], trial)
 
 
 def plan(

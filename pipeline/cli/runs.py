@@ -14,6 +14,9 @@ def run(
     rounds: Annotated[int | None, typer.Option("--rounds", min=1, help="Rounds to have in all.")] = None,
     root: RootOption = "data",
     set: SetOption = None,
+    preflight: Annotated[
+        bool, typer.Option("--preflight/--no-preflight", help="Try engine and learner before anything is generated.")
+    ] = True,
 ) -> None:
     """Make rounds, through Dagster, and show how pass@k went. Goes on where an earlier call stopped."""
     from pipeline.recipe import load_recipe
@@ -22,6 +25,8 @@ def run(
     words = ["assets.run_rounds", "--recipe", recipe or "tiny", "--root", root]
     for override in overrides(set, rounds=rounds):
         words += ["--set", override]
+    if not preflight:
+        words.append("--no-preflight")
     become(words)
 
 

@@ -141,7 +141,7 @@ class _Base:
             return
         recipe = self._recipe
         open_run(self._out, recipe)
-        open_run(self._out, _start_recipe(recipe, self._start.name))
+        self._open_start()
         if not self.prompts.exists():
             build_prompt_set(recipe, self.prompts)
         wanted = recipe.prompts.per_round
@@ -153,6 +153,14 @@ class _Base:
             )
         if not self.run.round_prompts(0).exists():
             write_prompts(self.run.round_prompts(0), taken)
+
+    def _open_start(self) -> None:
+        """Of a start that is there, what it is made from counts, and not the defaults of when it was begun."""
+        told = _start_recipe(self._recipe, self._start.name)
+        if self._start.recipe.exists():
+            made_from = {"seed": told.seed, "policy": told.policy}
+            told = run_recipe(self._start).model_copy(update=made_from)
+        open_run(self._out, told)
 
     def prepare(self, stages: Stages, say: Say) -> None:
         """The start, its evaluation, and the samples of round 0."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -70,9 +71,9 @@ class VllmEngine:
                 )
             )
         except ValueError as error:
-            raise RequestError(f"vLLM refuses {policy} with these settings: {_words(error)}") from error
+            raise RequestError(f"vLLM refuses {policy} with these settings: {_words(error)}{_cure(error)}") from error
         except (AssertionError, OSError, RuntimeError) as error:
-            raise WorkError(f"vLLM did not start with {policy}: {_words(error)}") from error
+            raise WorkError(f"vLLM did not start with {policy}: {_words(error)}{_cure(error)}") from error
 
     def submit(self, request: Request) -> None:
         from vllm import SamplingParams
@@ -105,6 +106,25 @@ def _words(error: Exception) -> str:
     told = error.errors()[0]["msg"].removeprefix("Value error, ") if isinstance(error, ValidationError) else str(error)
     words = " ".join(told.split())
     return words if len(words) <= _MOST else words[:_MOST].rpartition(". ")[0] or words[:_MOST]
+
+
+_CURES = (
+    (
+        r"KV cache|cache blocks",
+        "raise generation.gpu_memory_utilization or tensor_parallel (on a CPU generation.kv_cache_gib), or lower "
+        "generation.max_model_len",
+    ),
+    (r"[Ff]ree memory on device", "lower generation.gpu_memory_utilization, or see who else works on the card"),
+    (r"out of memory|can't allocate", "lower generation.gpu_memory_utilization or max_num_seqs"),
+    (r"max_model_len|max_position_embeddings", "lower generation.max_model_len or evaluation.max_tokens"),
+    (r"divisible by|tensor.parallel", "set a generation.tensor_parallel that divides the policy's heads"),
+)
+"""What vLLM complains of, and the recipe's settings that mend it."""
+
+
+def _cure(error: Exception) -> str:
+    text = str(error)
+    return next((f"; {mend}" for pattern, mend in _CURES if re.search(pattern, text)), "")
 
 
 def _completion(output: Any) -> Completion:

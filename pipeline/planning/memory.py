@@ -82,10 +82,13 @@ def learner_memory(recipe: Recipe, shape: Shape, stage: int, card: float | None 
     stage = max(stage, 1) if settings.dtype == "bfloat16" else stage
     ranks, half = settings.ranks, of.item == 2
     shares = [ranks if stage >= least else 1 for least in (3, 2, 1)]
-    weights, gradients = of.whole * of.item / shares[0], of.learned * of.item / shares[1]
+    weights = of.whole * of.item / shares[0]
+    # In bfloat16 gradients are summed in float32. Whole, that is beside those that the backward pass leaves.
+    gradients = of.learned * (6 if half and stage == 1 else 4) / shares[1]
     optimizer = of.learned * (12 if stage else 8) / shares[2]
-    step = of.learned / ranks * (6 if half else 4) if stage else 0.0
-    step = min(step, 6.0 * LIVE_ELEMENTS) if stage == 3 else step
+    # Up to stage 2, in bfloat16, the sums themselves are stepped on; else a rank makes a copy of its part.
+    step = 4 * of.learned / ranks if stage and (stage == 3 or not half) else 0.0
+    step = min(step, 4.0 * LIVE_ELEMENTS) if stage == 3 else step
     host = 0.0
     if settings.offload != "none" and stage >= {"optimizer": 1, "all": 3}[settings.offload]:
         host = ranks * optimizer + 4 * of.learned  # and gradients, as float32
@@ -99,7 +102,7 @@ def learner_memory(recipe: Recipe, shape: Shape, stage: int, card: float | None 
         gradients,
         optimizer,
         gathered=min(of.whole, LIVE_ELEMENTS) * of.item if stage == 3 else 0,
-        bucket=BUCKET_ELEMENTS * of.item if stage else 0,
+        bucket=BUCKET_ELEMENTS * _bucket_item(half, stage),
         logits=shape.vocabulary * (4 * (of.kept + 2 * of.chunk) + (2 * of.chunk if half else 0)),
         head_gradient=shape.embedding * (6 if half else 4) if own_head else 0,
         activations=of.tokens * (shape.layers * of.layer + of.outer),
@@ -110,6 +113,11 @@ def learner_memory(recipe: Recipe, shape: Shape, stage: int, card: float | None 
     )
 
 
+def _bucket_item(half: bool, stage: int) -> int:
+    """Bytes of an element on its way through a reduction: bfloat16 is sent as float32, from a copy."""
+    return 0 if not stage else 6 if half and stage > 1 else 4
+
+
 def memory_formulas(recipe: Recipe, shape: Shape, card: float | None = None) -> dict[str, str]:
     """How each number of `learner_memory` comes about, in numbers; P are the weights that are learned."""
     settings, of = recipe.learning, _factors(recipe, shape, card)
@@ -117,16 +125,16 @@ def memory_formulas(recipe: Recipe, shape: Shape, card: float | None = None) -> 
     weights = f"{of.whole:,}" if settings.lora_rank else "P"
     made = {
         "weights": f"{item} x {weights}, in stage 3 / {ranks} ranks",
-        "gradients": f"{item} x P, from stage 2 / {ranks}",
+        "gradients": f"{'6 x P, in float32 and as they come; 4' if half else '4'} x P / {ranks} from stage 2",
         "optimizer": f"8 x P, and 4 x P of masters from stage 1, both / {ranks}; in stage 0 whole and without masters",
         "gathered": f"{item} x {min(of.whole, LIVE_ELEMENTS):,} weights, stage 3 alone",
-        "bucket": f"{item} x {BUCKET_ELEMENTS:,}, from stage 1",
+        "bucket": f"4 x {BUCKET_ELEMENTS:,} from stage 1{', 6 x from stage 2' if half else ''}",
         "logits": f"4 x {shape.vocabulary:,} words x ({of.kept:,} kept + {2.5 if half else 2} x {of.chunk:,} at work)",
         "head_gradient": f"{6 if half else 4} x {shape.vocabulary:,} x {shape.hidden:,}, stages 0 to 2",
         "activations": f"{of.tokens:,} tokens x ({shape.layers} layers x {of.layer:,} + {of.outer:,} bytes)",
         "activations_checkpointed": f"{of.tokens:,} x ({shape.layers} x {item} x {shape.hidden:,} + {of.outer:,})",
         "layer": f"{of.tokens:,} x {of.layer:,}",
-        "step": f"{6 if half else 4} x P / {ranks}, from stage 1",
+        "step": f"4 x P / {ranks}, {'stage 3 alone' if half else 'from stage 1'}",
         "total": "weights to bucket + the largest of: the step's; activations + logits + output matrix",
         "total_checkpointed": "the same, or: checkpointed activations + the layer at work",
     }
@@ -182,40 +190,48 @@ def advice(recipe: Recipe, shape: Shape, given: Given, made: Plan) -> Iterator[s
 
 
 def _fitting(recipe: Recipe, shape: Shape, gpu_memory: float, made: Plan) -> Iterator[str]:
-    """What to change, one thing after another, until a rank of the learner fits; nothing where it does."""
     room = HEADROOM * gpu_memory * GIB
     needed = made.memory[made.stage].total(made.checkpointing)
     if needed <= room:
         yield f"learner: fits; a rank takes {show_bytes(needed)} of {gpu_memory:g} GiB"
-        return
-    changes: list[str] = []
+    else:
+        what = f"learner: a rank takes {show_bytes(needed)}, more than {HEADROOM:.0%} of {gpu_memory:g} GiB"
+        yield f"{what}; {cure(recipe, shape, room)}"
+
+
+def cure(recipe: Recipe, shape: Shape, room: float, *, cards: bool = True) -> str:
+    """What to change, one thing after another, until a rank of the learner fits into so many bytes."""
+    changes: dict[str, str] = {}
+    card = room / HEADROOM / GIB if cards else None
+    planned = learner_memory(recipe, shape, runs_as(recipe.learning), card)
+    least = planned.total(recipe.learning.activation_checkpointing)
     settings = recipe.learning
-    for change in _changes(settings):
+    for change in _changes(recipe, cards):
         settings = settings.model_copy(update=change)
-        changes += [f"learning.{name}={str(value).lower()}" for name, value in change.items()]
+        changes |= {name: f"learning.{name}={str(value).lower()}" for name, value in change.items()}
         changed = recipe.model_copy(update={"learning": settings})
-        trial = learner_memory(changed, shape, settings.zero_stage, gpu_memory)
+        trial = learner_memory(changed, shape, settings.zero_stage, card)
         least = trial.total(settings.activation_checkpointing)
         if least <= room:
             host = f", with {show_bytes(trial.host)} of the host's memory" if trial.host else ""
-            yield (
-                f"learner: a rank takes {show_bytes(needed)}, more than {HEADROOM:.0%} of {gpu_memory:g} GiB; set "
-                f"{' '.join(changes)}, and it takes {show_bytes(least)}{host}"
-            )
-            return
-    yield (
-        f"learner: a rank takes {show_bytes(needed)}, more than {HEADROOM:.0%} of {gpu_memory:g} GiB, and "
-        f"{show_bytes(least)} with {' '.join(changes)}; take more ranks, or shorter sequences"
-    )
+            return f"set {' '.join(changes.values())}, and it takes {show_bytes(least)}{host}"
+    more = f" (it takes {show_bytes(least)} with {' '.join(changes.values())})" if changes else ""
+    return f"take more ranks, or shorter sequences{more}"
 
 
-def _changes(settings: Learning) -> Iterator[dict[str, Any]]:
-    """Settings that save memory, the cheapest first."""
+def _changes(recipe: Recipe, cards: bool) -> Iterator[dict[str, Any]]:
+    """Settings that save memory, the cheapest first; without cards there is nothing to move to the host from."""
+    settings = recipe.learning
+    longest = math.ceil(recipe.generation.max_model_len / settings.sequence_parallel)
+    if settings.micro_batch_tokens > longest:
+        yield {"micro_batch_tokens": longest}
     if not settings.activation_checkpointing:
         yield {"activation_checkpointing": True}
     if settings.ranks > 1:
         for stage in range(settings.zero_stage + 1, 4):
             yield {"zero_stage": stage}
+    if not cards:
+        return
     if settings.offload == "none":
         yield {"offload": "optimizer", "zero_stage": 3 if settings.ranks > 1 else max(1, settings.zero_stage)}
     if settings.offload != "all":

@@ -32,7 +32,7 @@ class Shape:
     tied: bool
     """Embedding and head are one matrix."""
     longest: int | None = None
-    """`max_position_embeddings`."""
+    """Positions that it was made for, a scaled rotation included."""
     source: str = ""
 
     @property
@@ -141,11 +141,23 @@ def _of_config(tree: Any, file: Path, name: str) -> Shape:
             int(tree.get("head_dim") or int(tree["hidden_size"]) // heads),
             int(tree["intermediate_size"]),
             bool(tree.get("tie_word_embeddings", False)),
-            tree.get("max_position_embeddings"),
+            _longest(tree),
             str(file),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise RequestError(f"{file}: no usable {error}; give the model's own config.json") from None
+
+
+def _longest(tree: dict[str, Any]) -> int | None:
+    """Positions of a config.json, as vLLM derives them: stretched by a scaled rotation, where they are not yet."""
+    known = tree.get("max_position_embeddings")
+    scaling = tree.get("rope_scaling") or tree.get("rope_parameters") or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if known is None or kind in ("default", "su", "longrope", "llama3", "mrope"):
+        return known
+    if kind == "yarn":
+        known = scaling.get("original_max_position_embeddings", known)
+    return int(known * float(scaling.get("factor", 1.0)))
 
 
 def show_bytes(number: float) -> str:

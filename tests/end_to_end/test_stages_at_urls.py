@@ -24,7 +24,7 @@ from pipeline.storage.objects import Objects
 
 Stage = Callable[..., str]
 SMALL = ["--set=generation.max_model_len=96", "--set=generation.top_p=1.0", "--set=generation.dtype=float32"]
-LEARN = ["batch_size=4", "epochs=1", "ranks=2", "max_logprob_gap=1", "max_residual_gap=9", "dtype=float32"]
+LEARN = ["batch_size=4", "ranks=2", "max_logprob_gap=1", "max_residual_gap=9", "dtype=float32", "learning_rate=1.5e-4"]
 
 pytestmark = pytest.mark.system
 

@@ -33,7 +33,15 @@ RECIPE: dict[str, Any] = {
         "kv_cache_gib": 0.25,
         "enforce_eager": True,
     },
-    "learning": {"batch_size": 8, "epochs": 1},
+    "learning": {
+        "batch_size": 8,
+        "epochs": 1,
+        "beta2": 0.2,
+        "learning_rate": 1.5e-4,
+        "micro_batch_tokens": 4096,
+        "dtype": "float32",
+        "activation_checkpointing": False,
+    },
     "evaluation": {"samples": 4, "ks": [1, 4]},
 }
 

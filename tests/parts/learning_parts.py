@@ -39,6 +39,9 @@ learning:
   beta2: 0.05
   adam_epsilon: 1.0e-3
   clip: 0.5
+  micro_batch_tokens: 4096
+  dtype: float32
+  activation_checkpointing: false
 """
 
 

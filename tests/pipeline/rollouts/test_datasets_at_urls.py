@@ -241,8 +241,8 @@ def test_two_ranks_learn_from_a_run_on_s3_as_from_a_disk(bucket: str, tmp_path: 
         if path.is_file() and not path.name.startswith("."):
             place.write(path.relative_to(made.place).as_posix(), path.read_bytes())
     (tmp_path / "recipe.yaml").write_text(
-        "name: small\npolicy: {model: .}\nlearning: {batch_size: 8, epochs: 1, ranks: 2, "
-        "max_logprob_gap: 1, max_residual_gap: 9}\n"
+        "name: small\npolicy: {model: .}\nlearning: {batch_size: 8, ranks: 2, max_logprob_gap: 1, "
+        "max_residual_gap: 9, dtype: float32, learning_rate: 1.5e-4}\n"
     )
     logs = []
     for name, rollouts in (("disk", str(made.place)), ("s3", f"{bucket}/made")):

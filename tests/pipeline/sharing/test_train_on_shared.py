@@ -32,8 +32,8 @@ def test_train_on_an_exported_dataset_given_by_url_without_vllm(tmp_path: Path) 
     (tmp_path / "blocked").mkdir()
     (tmp_path / "blocked" / "vllm.py").write_text(NO_VLLM)
     (tmp_path / "recipe.yaml").write_text(
-        "name: small\npolicy: {model: .}\nlearning: {batch_size: 8, epochs: 1, "
-        "max_logprob_gap: 1, max_residual_gap: 9}\n"
+        "name: small\npolicy: {model: .}\nlearning: {batch_size: 8, max_logprob_gap: 1, "
+        "max_residual_gap: 9, dtype: float32, learning_rate: 1.5e-4}\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "blocked"), "OAPL_CACHE": str(tmp_path / "cache")}
     oapl = [str(Path(sys.executable).with_name("oapl")), "train", "--recipe", str(tmp_path / "recipe.yaml")]
