@@ -40,10 +40,8 @@ WAYS: dict[str, Way] = {"ours": ours, "plain": plain}
 
 
 def measure(section: Section, scale: Scale) -> None:
-    bounds = {
-        part: section.expect(f"{part}' error over what is allowed", "at most", 1.0)
-        for part in ("logprobs", "gradients")
-    }
+    parts = ("logprobs", "gradients")
+    bounds = {part: section.expect(f"{part}' error over what is allowed", "at most", 1.0) for part in parts}
     tokens = scale.tokens[1]
     head, hidden, targets, weighed = _given(scale, tokens)
     exact: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -102,7 +100,8 @@ def in_float64(
         exact = weight.double()
         logprobs, for_hidden, for_weight = [], [], torch.zeros_like(exact)
         for start in range(0, len(hidden), rows):
-            part, wanted, each = (whole[start : start + rows] for whole in (hidden.double(), targets, weighed.double()))
+            part, wanted, each = (whole[start : start + rows] for whole in (hidden, targets, weighed))
+            part, each = part.double(), each.double()
             logs = (part @ exact.t()).log_softmax(dim=-1)
             logprobs.append(logs.gather(-1, wanted.unsqueeze(-1)).squeeze(-1))
             made = logs.exp_().mul_(-each.unsqueeze(-1)).scatter_add_(-1, wanted.unsqueeze(-1), each.unsqueeze(-1))

@@ -23,12 +23,16 @@ SCORES = 8 << 30
 def measure(section: Section, scale: Scale) -> None:
     cases: dict[str, Callable[[], None]] = {}
     kernels = list(dict.fromkeys([usual_kernel(), *KERNELS]))
+    refused = {kernel: refusal(kernel, "bfloat16") for kernel in kernels}
+    for kernel, reason in refused.items():
+        if reason is not None:
+            section.leave_out(kernel, reason)
     for tokens in scale.tokens:
-        for kernel in kernels:
+        for kernel in (name for name in kernels if refused[name] is None):
             for mix in MIXES:
                 what = f"{kernel}, {tokens:,} tokens, {mix}"
                 examples = examples_of(mix, tokens, scale.shape.vocabulary)
-                reason = refusal(kernel, "bfloat16") or _too_large(kernel, examples, scale)
+                reason = _too_large(kernel, examples, scale)
                 if reason is not None:
                     section.leave_out(what, reason)
                 else:

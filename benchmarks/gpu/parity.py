@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.device import device
-from benchmarks.gpu.policies import Scale, example, learn, make, recipe, refusal, usual_kernel
+from benchmarks.gpu.policies import Scale, example, learn, make, recipe, refusal
 from benchmarks.gpu.report import Section
 from pipeline.recipe import Learning
 from trainer.attention import KERNELS, register
@@ -30,6 +31,10 @@ LEAST = 3.0
 """A planted leak must be this many times past what is allowed, or the comparison could not see one."""
 
 
+Found = tuple[Tensor, Tensor, dict[str, Tensor]]
+"""Log-probabilities, loss and gradients, float64."""
+
+
 @dataclass(frozen=True, slots=True)
 class Errors:
     """Relative to float64, in the norm over all that is compared."""
@@ -42,47 +47,37 @@ class Errors:
 def measure(section: Section, scale: Scale) -> None:
     cases: dict[str, Callable[[], None]] = {}
     for name in ("float32", "bfloat16"):
-        reason = refusal(usual_kernel(name), name)
+        given = functools.cache(functools.partial(_given, scale, name))
         for kernel in KERNELS:
             reason = refusal(kernel, name)
             if reason is not None:
                 section.leave_out(f"{kernel}, {name}", reason)
                 continue
-            cases[f"{kernel}, {name}"] = _case(section, scale, kernel, name)
-        cases[f"a planted leak, {name}"] = _planted(section, scale, name)
+            cases[f"{kernel}, {name}"] = _case(section, given, kernel, name)
+        cases[f"a planted leak, {name}"] = _planted(section, given, name)
     section.steps(cases)
 
 
-def _case(section: Section, scale: Scale, kernel: str, name: str) -> Callable[[], None]:
+def _case(section: Section, given: Callable[[], Given], kernel: str, name: str) -> Callable[[], None]:
     bounds = {
         part: section.expect(f"{kernel}, {name}: {part}' error over what is allowed", "at most", 1.0)
         for part in ("logprobs", "gradients")
     }
 
     def compared() -> None:
-        packed, alone = compare(scale, kernel, name)
-        section.add(
-            f"{kernel}, {name}",
-            logprobs=packed.logprobs, alone_logprobs=alone.logprobs, loss=packed.loss, alone_loss=alone.loss,
-            gradients=packed.gradients, alone_gradients=alone.gradients,
-        )  # fmt: skip
+        packed, alone = _told(section, f"{kernel}, {name}", given(), kernel)
         for part, bound in bounds.items():
             bound.meet(getattr(packed, part) / allowed(getattr(alone, part), name))
 
     return compared
 
 
-def _planted(section: Section, scale: Scale, name: str) -> Callable[[], None]:
+def _planted(section: Section, given: Callable[[], Given], name: str) -> Callable[[], None]:
     bound = section.expect(f"a planted leak, {name}: gradients' error over what is allowed", "at least", LEAST)
 
     def compared() -> None:
         with leaking("eager"):
-            packed, alone = compare(scale, "eager", name)
-        section.add(
-            f"a planted leak, {name}",
-            logprobs=packed.logprobs, alone_logprobs=alone.logprobs, loss=packed.loss, alone_loss=alone.loss,
-            gradients=packed.gradients, alone_gradients=alone.gradients,
-        )  # fmt: skip
+            packed, alone = _told(section, f"a planted leak, {name}", given(), "eager")
         bound.meet(packed.gradients / allowed(alone.gradients, name))
 
     return compared
@@ -109,40 +104,54 @@ def leaking(kernel: str) -> Iterator[None]:
         register(kernel)
 
 
-def compare(scale: Scale, kernel: str, name: str) -> tuple[Errors, Errors]:
-    """Errors of a packed pass, and of its sequences one by one under plain attention, in that dtype."""
+@dataclass(frozen=True, slots=True)
+class Given:
+    """A policy in one dtype, some completions, and what is right of them."""
+
+    model: Any
+    examples: list[Example]
+    groups: list[int]
+    learning: Learning
+    exact: Found
+    alone: Found
+    """Of the sequences one by one, under plain attention, in that dtype."""
+
+
+def _given(scale: Scale, name: str) -> Given:
     torch.manual_seed(0)
-    dtype = getattr(torch, name)
-    model = make(scale.probe, dtype, "sdpa", spread=0.1)
+    model = make(scale.probe, getattr(torch, name), "sdpa", spread=0.1)
     examples, groups = _examples(scale)
     learning = recipe(4096, beta2=0.05, dtype=name).learning
     exact = _exact(copy.deepcopy(model).double(), examples, learning)
-    alone = _alone(model, examples, learning)
-    model.set_attn_implementation(register(kernel))
-    whole = collate(examples, groups, 0, kernel).to(device())
-    packed = _found(model, [whole], learning, len(examples))
-    return _errors(packed, exact), _errors(alone, exact)
+    alone = _found(model, [collate([one], [0], 0, None).to(device()) for one in examples], learning, len(examples))
+    return Given(model, examples, groups, learning, exact, alone)
+
+
+def _told(section: Section, what: str, given: Given, kernel: str) -> tuple[Errors, Errors]:
+    """Errors of the completions in one packed pass, and of each alone."""
+    given.model.set_attn_implementation(register(kernel))
+    whole = collate(given.examples, given.groups, 0, kernel).to(device())
+    packed = _errors(_found(given.model, [whole], given.learning, len(given.examples)), given.exact)
+    alone = _errors(given.alone, given.exact)
+    section.add(
+        what,
+        logprobs=packed.logprobs, alone_logprobs=alone.logprobs, loss=packed.loss, alone_loss=alone.loss,
+        gradients=packed.gradients, alone_gradients=alone.gradients,
+    )  # fmt: skip
+    return packed, alone
 
 
 def _examples(scale: Scale) -> tuple[list[Example], list[int]]:
-    """Three groups of unlike lengths, one completion of a single token among them."""
+    """Groups of unlike lengths, a completion of a single token among them; on a card longer than a kernel's block."""
     rng = np.random.default_rng(1)
     shape, times = scale.probe, 1 if scale.small else 7
     made, groups = [], []
-    for group, (prompt, completions) in enumerate([(19, (5, 61, 18)), (33, (40, 3)), (8, (27,))]):
+    for group, (prompt, completions) in enumerate([(19, (5, 61, 18)), (33, (40,)), (8, (27,))]):
         tokens = rng.integers(3, shape.vocabulary, prompt * times).astype(np.int32)
-        lengths = [1, *(length * times for length in completions)]
+        lengths = [length * times for length in completions] + [1] * (group == 0)
         made += [example(tokens, length, shape.vocabulary, rng) for length in lengths]
         groups += [group] * len(lengths)
     return made, groups
-
-
-Found = tuple[Tensor, Tensor, dict[str, Tensor]]
-"""Log-probabilities, loss and gradients, float64."""
-
-
-def _alone(model: Any, examples: Sequence[Example], learning: Learning) -> Found:
-    return _found(model, [collate([one], [0], 0, None).to(device()) for one in examples], learning, len(examples))
 
 
 def _found(model: Any, passes: Sequence[Pass], learning: Learning, count: int) -> Found:

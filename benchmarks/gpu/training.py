@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -91,7 +92,7 @@ class _Passes:
             for kernel in kernels:
                 for mix in MIXES:
                     what = f"module, {self.shape.layers} layers, {tokens:,} tokens, {mix}, {kernel}"
-                    cases[what] = lambda told=(tokens, mix, kernel, what): self._module_case(module, *told)
+                    cases[what] = functools.partial(self._module_case, module, tokens, mix, kernel, what)
         return cases
 
     def _module_case(self, module: Any, tokens: int, mix: str, kernel: str, what: str) -> None:
@@ -127,7 +128,7 @@ class _Passes:
         for tokens in self.tokens:
             for mix in MIXES:
                 what = f"engine, {shape.layers} layers, {tokens:,} tokens, {mix}, {self.kernel}"
-                cases[what] = lambda told=(tokens, mix, what): self._engine_case(engine[0], shape, *told)
+                cases[what] = functools.partial(self._engine_case, engine[0], shape, tokens, mix, what)
         self.section.steps(cases)
 
     def _engine_case(self, engine: Any, shape: Shape, tokens: int, mix: str, what: str) -> None:

@@ -21,8 +21,8 @@ from pipeline.errors import WorkError
 
 BUILT = ("deepspeed",)
 FETCHED = ("hjson", "py-cpuinfo", "pydantic", "pydantic_core", "annotated-types", "typing-inspection")
-"""What DeepSpeed and our recipes import, beside torch, transformers, numpy, pyarrow, PyYAML, tqdm, psutil, einops, msgpack,
-ninja and packaging."""
+"""What DeepSpeed and the learner import beside torch, transformers, numpy, pyarrow, PyYAML, tqdm, psutil, einops,
+msgpack, ninja and packaging."""
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 LOCK = Path(__file__).parents[2] / "requirements" / "cpu.txt"
 
