@@ -197,6 +197,7 @@ def be_a_section(name: str, seconds: float, small: bool, file: Path) -> None:
 
         section.machine["kernel"] = usual_kernel()
         import_module(f"benchmarks.gpu.{name}").measure(section, Scale(small))
+    section.save()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import socket
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from trainer.work import refuse_missing_packages
 RECIPE = "qwen3-4b-math"
 """Whose settings are measured."""
 FULL = KNOWN["Qwen/Qwen3-4B-Thinking-2507"]
-TINY = Shape("tiny", "qwen3", 512, 64, 3, 4, 2, 16, 128, True)
+TINY = Shape("tiny", "qwen3", 256, 32, 2, 4, 2, 16, 64, True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +46,17 @@ class Scale:
     def probe(self) -> Shape:
         """A small policy on which rounding is looked at; its heads are as large as the real ones."""
         if self.small:
-            return replace(TINY, layers=2)
+            return TINY
         return Shape("probe", "qwen3", 4096, 512, 2, 8, 2, 128, 1024, True)
 
     @property
     def tokens(self) -> tuple[int, int, int]:
         """Tokens of a pass: a short one, the recipe's, and twice that."""
-        return (64, 128, 256) if self.small else (4096, 18432, 36864)
+        return (32, 64, 128) if self.small else (4096, 18432, 36864)
 
     @property
     def repeat(self) -> int:
-        return 2 if self.small else 3
+        return 1 if self.small else 3
 
 
 def recipe(tokens: int, **learning: Any) -> Recipe:
