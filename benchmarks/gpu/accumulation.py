@@ -17,7 +17,7 @@ LOST = 1e-4
 
 
 def measure(section: Section, scale: Scale) -> None:
-    counts = (4, 32) if scale.small else (16, 64, 256)
+    counts = (4, 16) if scale.small else (16, 64, 256)
     bound = section.expect(f"relative error of the engine's sum of {counts[-1]} passes", "at most", LOST)
     # Each pass a sequence alone, without packing: nothing in it adds up in an order of its own, so that the gradient
     # of a pass is the same each time. The rate is nothing, so that weights stay; Adam's first moment is the gradient.

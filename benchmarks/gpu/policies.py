@@ -52,7 +52,7 @@ class Scale:
     @property
     def tokens(self) -> tuple[int, int, int]:
         """Tokens of a pass: a short one, the recipe's, and twice that."""
-        return (32, 64, 128) if self.small else (4096, 18432, 36864)
+        return (16, 32, 64) if self.small else (4096, 18432, 36864)
 
     @property
     def repeat(self) -> int:

@@ -98,7 +98,7 @@ def test_a_leak_and_a_failure_are_found_and_the_rest_is_measured(
     }
     (error,) = result["sections"]["head"]["errors"]
     assert error["error"] == "RuntimeError: no kernel image is available"
-    assert "plain, 64 tokens" in rows(result, "head")
+    assert "plain, 32 tokens" in rows(result, "head")
     # What nothing was found for is not passed.
     assert {bound["ok"] for bound in result["sections"]["head"]["bounds"]} == {False}
     assert rows(result, "optimizer")["fused, cpu"]["weights_s"] > 0
