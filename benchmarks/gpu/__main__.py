@@ -22,6 +22,7 @@ from typing import Any
 
 from benchmarks.gpu import tables, wheels
 from benchmarks.gpu.report import Section, write
+from pipeline.ending import leave
 from pipeline.errors import OaplError, RequestError
 
 SECTIONS = {
@@ -59,9 +60,11 @@ def _answer(arguments: argparse.Namespace) -> int:
         case "bare":
             from benchmarks.gpu.start import bare
 
-            print(json.dumps(bare()))
+            print(json.dumps(bare()), flush=True)
+            leave()
         case "section":
             be_a_section(arguments.name, arguments.seconds, arguments.small, arguments.out)
+            leave()
     return 0
 
 

@@ -7,12 +7,13 @@ import math
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.gpu import head, policies, tables, training, wheels
+from benchmarks.gpu import device, head, policies, tables, training, wheels
 from benchmarks.gpu.__main__ import SECTIONS, main
 from benchmarks.gpu.parity import leaking
 from benchmarks.gpu.report import Section
@@ -151,3 +152,52 @@ def test_a_file_that_is_no_result_is_one_line(tmp_path: Path, capsys: pytest.Cap
     for path in (tmp_path / "other.json", tmp_path / "missing.json"):
         assert main(["table", str(path)]) == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+CUDA = torch.cuda
+
+
+class Card:
+    """What PyTorch tells of a card of 80 GiB whose allocator had peaked before; only calls that PyTorch has."""
+
+    def __init__(self) -> None:
+        self.held, self.most, self.waited = 100, 900, 0
+
+    def __getattr__(self, name: str) -> Any:
+        assert hasattr(CUDA, name), f"torch.cuda has no {name}"
+        return lambda *_: True
+
+    def synchronize(self) -> None:
+        self.waited += 1
+
+    def memory_allocated(self) -> int:
+        return self.held
+
+    def reset_peak_memory_stats(self) -> None:
+        self.most = self.held
+
+    def max_memory_allocated(self) -> int:
+        return self.most
+
+    def get_device_properties(self, _device: torch.device) -> Any:
+        return SimpleNamespace(
+            name="NVIDIA H100 80GB HBM3", total_memory=80 << 30, major=9, minor=0, multi_processor_count=132
+        )
+
+    def current_device(self) -> int:
+        return 0
+
+
+def test_a_cards_memory_and_peak_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = Card()
+    monkeypatch.setattr(device.torch, "cuda", card)
+
+    def work() -> None:
+        card.most = card.held + 50
+
+    assert device.peak_above(work) == 50  # not the 900 of before
+    assert device.timed(work) > 0 and card.waited >= 2
+    told = device.describe(False)
+    assert (told["device"], told["capability"], told["peak_bfloat16"]) == ("NVIDIA H100 80GB HBM3", "9.0", 989.4e12)
+    assert device.peak_rate("NVIDIA H100 PCIe") == 756e12
+    assert device.peak_rate("Something else") is None
