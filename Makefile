@@ -8,7 +8,7 @@ SEED ?= 0
 PORT ?= 3000
 JOBS ?= 2
 
-.PHONY: setup demo demo-smollm2 test test-system test-ui check format ui bench evidence evidence-tune evidence-quick lock clean
+.PHONY: setup demo demo-smollm2 test test-system test-ui check format ui bench bench-gpu evidence evidence-tune evidence-quick lock clean
 
 setup: $(READY)
 
@@ -63,6 +63,10 @@ bench: setup
 	PYTHONPATH=. $(BIN)/python benchmarks/learner/bench_learner.py step
 	PYTHONPATH=. $(BIN)/python benchmarks/learner/bench_learner.py logprobs --repeat 1
 	$(BIN)/python benchmarks/store/bench.py --rows 60000 --small 20000 --baseline-rows 20000
+
+# docs/gpu.md: ten minutes on a card; without one, tiny shapes that say nothing of speed.
+bench-gpu:
+	@PYTHON=$$([ -x $(BIN)/python ] && echo $(BIN)/python || echo $(PYTHON)); $$PYTHON -m benchmarks.gpu run --out gpu.json
 
 # The comparisons of docs/evidence.md (benchmarks/evidence/experiments.py). Each goes on where it was stopped.
 # Two losses, two seeds, one lag: a quarter of an hour at most.
