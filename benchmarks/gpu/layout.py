@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from benchmarks.gpu import device as machine
 from benchmarks.gpu.policies import MIXES, Scale, examples_of, pairs_of, refusal, usual_kernel
 from benchmarks.gpu.report import Section
 from trainer.attention import KERNELS
+from trainer.blocks import mask_of
 from trainer.passes import collate
 from trainer.view import Example
 
@@ -54,24 +54,24 @@ def _case(section: Section, scale: Scale, what: str, kernel: str, examples: list
         host = machine.median(lambda: collate(examples, [0] * len(examples), 0, kernel), scale.repeat)
         made = collate(examples, [0] * len(examples), 0, kernel)
         moved = machine.median(lambda: made.to(machine.device()), scale.repeat)
-        with masks() as built:
-            taken = made.to(machine.device())
-            assert taken.layout is not None
-            query, key, value = _heads(taken.ids.numel(), shape)
-            attend = KERNELS[kernel]
+        taken = made.to(machine.device())
+        assert taken.layout is not None
+        built = _mask(taken.layout)
+        query, key, value = _heads(taken.ids.numel(), shape)
+        attend = KERNELS[kernel]
 
-            def forward() -> Any:
-                return attend(query, key, value, shape.head_dim**-0.5, taken.layout)
+        def forward() -> Any:
+            return attend(query, key, value, shape.head_dim**-0.5, taken.layout)
 
-            def both() -> None:
-                found = forward()
-                found.backward(torch.ones_like(found))
-                query.grad = key.grad = value.grad = None
+        def both() -> None:
+            found = forward()
+            found.backward(torch.ones_like(found))
+            query.grad = key.grad = value.grad = None
 
-            first = machine.timed(both)
-            with torch.no_grad():
-                ahead = machine.median(forward, scale.repeat)
-            whole, memory = machine.median(both, scale.repeat), machine.peak_above(both)
+        first = machine.timed(both)
+        with torch.no_grad():
+            ahead = machine.median(forward, scale.repeat)
+        whole, memory = machine.median(both, scale.repeat), machine.peak_above(both)
         work = 12 * shape.query * pairs_of(examples)
         section.add(
             what,
@@ -92,26 +92,11 @@ def _heads(tokens: int, shape: Any) -> tuple[torch.Tensor, torch.Tensor, torch.T
     return query, key, value
 
 
-@contextmanager
-def masks() -> Iterator[dict[str, float | None]]:
-    """Time and peak of the last block mask that flex attention was given meanwhile; empty where none was made."""
-    from torch.nn.attention import flex_attention
-
-    built: dict[str, float | None] = {}
-    real = flex_attention.create_block_mask
-
-    def watched(*told: Any, **named: Any) -> Any:
-        machine.reset_peak()
-        before, started = machine.held(), time.perf_counter()
-        made = real(*told, **named)
-        machine.synchronize()
-        peak = machine.peak()
-        built["ms"] = 1e3 * (time.perf_counter() - started)
-        built["gib"] = None if peak is None else (peak - before) / 2**30
-        return made
-
-    flex_attention.create_block_mask = watched
-    try:
-        yield built
-    finally:
-        flex_attention.create_block_mask = real
+def _mask(layout: Any) -> dict[str, float | None]:
+    """What making flex attention's mask of blocks takes; it is made once a pass. Empty for kernels without one."""
+    if layout.segment is None:
+        return {}
+    seconds, memory = machine.timed(lambda: mask_of(layout)), None
+    if machine.device().type != "cpu":
+        memory = machine.peak_above(lambda: mask_of(dataclasses.replace(layout)))
+    return {"ms": 1e3 * seconds, "gib": None if memory is None else memory / 2**30}

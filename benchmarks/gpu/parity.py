@@ -21,6 +21,7 @@ from trainer.attention import KERNELS, register
 from trainer.engine import Scored
 from trainer.packing import Layout, lay_out
 from trainer.passes import Pass, collate
+from trainer.transfer import Packed
 from trainer.view import Example
 
 TIMES = 2.0
@@ -93,7 +94,7 @@ def leaking(kernel: str) -> Iterator[None]:
     real = KERNELS[kernel]
 
     def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, _layout: Layout) -> Tensor:
-        whole = lay_out([(query.shape[0], -1)], kernel).to(query.device)
+        whole = Packed(lay_out([(query.shape[0], -1)], kernel), pin=query.is_cuda).on(query.device)
         return real(query, key, value, scale, whole)
 
     KERNELS[kernel] = attend

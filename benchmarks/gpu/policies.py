@@ -20,7 +20,7 @@ from pipeline.errors import RequestError
 from pipeline.policies.shapes import KNOWN, Shape
 from pipeline.recipe import Learning, Recipe, load_recipe
 from trainer import engine as engines
-from trainer.attention import KERNELS, register
+from trainer.attention import chosen, register
 from trainer.losses import LOSSES, Batch, Settings
 from trainer.passes import Pass, collate
 from trainer.view import Example
@@ -81,9 +81,8 @@ def refusal(kernel: str, dtype: str) -> str | None:
 
 
 def usual_kernel(dtype: str = "bfloat16") -> str:
-    """The learner's default; sdpa where that can't be had."""
-    kernel = Learning().attention
-    return "sdpa" if kernel not in KERNELS or refusal(kernel, dtype) is not None else kernel
+    """What the learner takes here where nothing is said."""
+    return chosen(Learning().model_copy(update={"dtype": dtype}))
 
 
 def make(shape: Shape, dtype: torch.dtype, attention: str, spread: float = 0.02) -> Any:
