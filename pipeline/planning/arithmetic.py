@@ -203,19 +203,23 @@ def _disk(recipe: Recipe, shape: Shape, given: Given, values: dict[str, float]) 
         yield Line("disk", "reference_bytes", "recomputed log-probabilities", reference, how, "bytes")
     snapshot = shape.parameters * item
     yield Line("disk", "snapshot_bytes", "a snapshot", snapshot, f"{item} x P; the tokenizer comes on top", "bytes")
-    moments = 12 if runs_as(settings) else 8
-    state = (shape.adapters(settings.lora_rank) if settings.lora_rank else shape.parameters) * (item + moments)
-    kept = min(2, rounds) if settings.keep_optimizer and not settings.lora_rank else 0
-    size = f"({item} + {moments}) x {'the adapters' if settings.lora_rank else 'P'}"
+    learned, whose = shape.parameters, "P"
+    if settings.lora_rank:
+        learned, whose = shape.adapters(settings.lora_rank), "the adapters"
+    # Float32 masters of what the snapshot rounds, or the adapters that it holds merged; Adam's two moments.
+    parts = [(4, "weights")] * (item == 2 or settings.lora_rank > 0) + [(8, "moments")] * settings.keep_optimizer
+    state, kept = sum(size for size, _ in parts) * learned, min(2, rounds) if parts else 0
     if kept:
-        yield Line("disk", "state_bytes", "an optimizer's state", state, f"{size}: weights and moments", "bytes")
-    checkpoints = 2 * state if settings.checkpoint_every else 0
+        how = f"({' + '.join(str(size) for size, _ in parts)}) x {whose}: float32 {' and '.join(p for _, p in parts)}"
+        yield Line("disk", "state_bytes", "kept for the next round", state, how, "bytes")
+    moments = 12 if runs_as(settings) else 8
+    checkpoints = 2 * (item + moments) * learned if settings.checkpoint_every else 0
     if checkpoints:
-        how = f"2 x {size}, the old one and the new one"
+        how = f"2 x ({item} + {moments}) x {whose}, the old one and the new one"
         yield Line("disk", "checkpoint_bytes", "checkpoints, while learning", checkpoints, how, "bytes")
     shared = 2 * (rollouts + verdicts)
     in_all = rounds * (shared + reference + snapshot) + snapshot + kept * state + checkpoints
-    parts = f"2 x (rollouts + verdicts), once to share,{' reference,' if reference else ''} snapshot"
-    how = f"{_count(rounds, 'round')} x ({parts})"
-    how += f" + the start{f' + {kept} states' if kept else ''}{' + checkpoints' if checkpoints else ''}"
+    each = f"2 x (rollouts + verdicts), once to share,{' reference,' if reference else ''} snapshot"
+    how = f"{_count(rounds, 'round')} x ({each})"
+    how += f" + the start{f' + {kept} kept' if kept else ''}{' + checkpoints' if checkpoints else ''}"
     yield Line("disk", "run_bytes", "the run at most", in_all, how, "bytes")

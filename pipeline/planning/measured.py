@@ -40,7 +40,7 @@ class Facts:
     snapshot_bytes: int | None
     """Of this round's; null where it is gone."""
     moment_bytes: int | None
-    """The same of the optimizer's state."""
+    """The same of what is kept beside it for the next round."""
     evaluated: int
     """Completions of the evaluation."""
     evaluation_mean: float
@@ -194,4 +194,4 @@ def _compared(fact: Facts, given: Given) -> Iterator[Comparison]:
     if fact.snapshot_bytes is not None:
         yield Comparison(fact.round, "snapshot", "bytes", made.value("snapshot_bytes"), fact.snapshot_bytes)
     if fact.moment_bytes is not None:
-        yield Comparison(fact.round, "optimizer's state", "bytes", made.value("state_bytes"), fact.moment_bytes)
+        yield Comparison(fact.round, "kept for the next round", "bytes", made.value("state_bytes"), fact.moment_bytes)
