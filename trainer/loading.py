@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from trainer.policy import load_policy
 def load_shared(folder: Path, dtype: torch.dtype, attention: str, config: dict[str, Any]) -> Any:
     """The causal language model in `folder`, shared out by `config`, DeepSpeed's of a stage 3. Each rank calls it.
 
-    Rank 0 reads one module's weights after another and the others get them from there, so nobody ever holds the whole
+    Rank 0 reads one layer's weights after another and the others get them from there, so nobody ever holds the whole
     model. Where a model's weights have other names in its files, or some of them keep a dtype of their own,
     transformers loads it as it knows to, and each rank holds all of it for a moment.
     """
@@ -45,7 +46,7 @@ def _weights_on_meta() -> Iterator[None]:
     register = torch.nn.Module.register_parameter
 
     def on_meta(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
-        if parameter is not None:
+        if parameter is not None and not parameter.is_meta:  # one that is there already is tied: it stays one
             parameter = torch.nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
         register(module, name, parameter)
 
@@ -58,20 +59,24 @@ def _weights_on_meta() -> Iterator[None]:
 
 def _share_out(model: Any, files: dict[str, Stored], dtype: torch.dtype, config: dict[str, Any]) -> None:
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    names = {id(empty): name for name, empty in wholes.parameters(model)}
     made: dict[int, torch.nn.Parameter] = {}  # by the empty one: a tied weight is one
-    for module in model.modules():
-        own = dict(module.named_parameters(recurse=False))
+    for _, block in itertools.groupby(model.named_parameters(), lambda pair: _block(pair[0])):
         holder = torch.nn.Module()
-        for key, empty in own.items():
-            if id(empty) in made:
-                continue
+        for number, (name, empty) in enumerate(block):
             whole = torch.empty(empty.shape, dtype=dtype, device=device)
             if dist.get_rank() == 0:  # the others get it from there, while it is shared out
-                whole.copy_(wholes.as_tensor(files[names[id(empty)]]))
+                whole.copy_(wholes.as_tensor(files[name]))
             made[id(empty)] = torch.nn.Parameter(whole)
-            holder.register_parameter(key, made[id(empty)])
-        if next(holder.parameters(), None) is not None:
-            deepspeed.zero.Init(module=holder, config_dict_or_path=config, dtype=dtype)
-        for key, empty in own.items():
+            holder.register_parameter(str(number), made[id(empty)])
+        # Of a block's weights together: each of them keeps all that Init was told.
+        deepspeed.zero.Init(module=holder, config_dict_or_path=config, dtype=dtype)
+    for module in model.modules():
+        for key, empty in list(module.named_parameters(recurse=False)):
             module.register_parameter(key, made[id(empty)])
+
+
+def _block(name: str) -> str:
+    """The layer that a weight belongs to (`model.layers.3`), or its own name where it is in none."""
+    parts = name.split(".")
+    numbers = [place for place, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbers[0] + 1]) if numbers else name

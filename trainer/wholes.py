@@ -106,9 +106,10 @@ def not_finite(model: Any) -> str | None:
 
 def as_tensor(stored: Stored) -> Tensor:
     """A stored tensor, whose bytes are read when it is used."""
-    if not stored.data:
+    data = stored.data
+    if not data:
         return torch.empty(stored.shape, dtype=_TORCH[stored.dtype])
-    return torch.frombuffer(stored.data, dtype=torch.uint8).view(_TORCH[stored.dtype]).reshape(stored.shape)
+    return torch.frombuffer(data, dtype=torch.uint8).view(_TORCH[stored.dtype]).reshape(stored.shape)
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

@@ -24,12 +24,27 @@ SHARD_BYTES = 5 * 10**9
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A tensor in a file; its bytes are read from the disk when they are looked at."""
+    """A tensor in a file."""
 
     dtype: str
     """The format's name: F32, BF16, ..."""
     shape: tuple[int, ...]
-    data: memoryview
+    file: Path
+    first: int
+    """Of its bytes in the file."""
+    last: int
+    """The first byte that is no longer its own."""
+
+    @property
+    def data(self) -> memoryview:
+        """Its bytes, read from the disk when they are looked at; the memory is free when nobody holds them any more."""
+        if self.first == self.last:
+            return memoryview(b"")
+        begin = self.first - self.first % mmap.ALLOCATIONGRANULARITY
+        with self.file.open("rb") as opened:
+            # Copy-on-write: torch takes no memory that it must not write to, and nothing is ever written back.
+            mapped = mmap.mmap(opened.fileno(), self.last - begin, access=mmap.ACCESS_COPY, offset=begin)
+        return memoryview(mapped)[self.first - begin :]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +69,12 @@ def stored(folder: Path, stem: str = "*") -> dict[str, Stored]:
 def tensors_of(file: Path) -> Iterator[tuple[str, Stored]]:
     """Each tensor of a file, by name."""
     with file.open("rb") as opened:
-        # Copy-on-write: torch takes no memory that it must not write to, and nothing is ever written back.
-        data = memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY))
-    start = 8 + int.from_bytes(data[:8], "little")
-    for name, facts in json.loads(bytes(data[8:start])).items():
+        size = int.from_bytes(opened.read(8), "little")
+        head = json.loads(opened.read(size))
+    for name, facts in head.items():
         if name != "__metadata__":
             first, last = facts["data_offsets"]
-            yield name, Stored(facts["dtype"], tuple(facts["shape"]), data[start + first : start + last])
+            yield name, Stored(facts["dtype"], tuple(facts["shape"]), file, 8 + size + first, 8 + size + last)
 
 
 class Writer:

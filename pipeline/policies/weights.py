@@ -29,8 +29,9 @@ def compare(folder: Path, parent: Path) -> Weights:
     total, changed, not_finite = 0, 0, []
     for name, tensor in stored(folder).items():
         total += 1
-        changed += name not in before or not _equal(tensor.data, before[name].data)
-        if not _finite(tensor.dtype, tensor.data):
+        data = tensor.data
+        changed += name not in before or not _equal(data, before[name].data)
+        if not _finite(tensor.dtype, data):
             not_finite.append(name)
     return Weights(total, not_finite, changed)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,7 +28,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     ranks = [
         subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("sequence_rank.py")), str(store)],
-            env=trainer_environment(RANK=str(rank), WORLD_SIZE="2"),
+            env=trainer_environment(RANK=str(rank), WORLD_SIZE="2", PYTHONPATH=os.pathsep.join(sys.path)),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -37,7 +38,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     told = [rank.communicate(timeout=240) for rank in ranks]
     codes = [rank.returncode for rank in ranks]
     assert codes == [0, 0], "\n".join([str(codes), *(words[-2000:] for _, words in told)])
-    return [json.loads(output) for output, _ in told]
+    return [json.loads(output.splitlines()[-1]) for output, _ in told]  # DeepSpeed says things before
 
 
 @pytest.mark.parametrize("heads", KEY_HEADS)
