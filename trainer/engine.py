@@ -128,6 +128,7 @@ def start(recipe: Recipe, policy: Path, temperature: float, team: Team, kept: Ke
     Raises RequestError where the policy computes something that the learner would not.
     """
     import deepspeed
+    from deepspeed.runtime import bf16_optimizer
 
     torch.manual_seed(recipe.seed)
     settings = recipe.learning
@@ -148,6 +149,7 @@ def start(recipe: Recipe, policy: Path, temperature: float, team: Team, kept: Ke
         if kept is not None:
             adapters.fill(model, kept.tensors(MASTER))
     model.train()
+    bf16_optimizer.see_memory_usage = _say_nothing
     scored = Scored(model, temperature, team)
     engine, *_ = deepspeed.initialize(
         model=scored,
@@ -156,6 +158,10 @@ def start(recipe: Recipe, policy: Path, temperature: float, team: Team, kept: Ke
         config=config,
     )
     return engine
+
+
+def _say_nothing(*_: Any, **__: Any) -> None:
+    """In place of what DeepSpeed prints of memory, unasked, wherever a bfloat16 policy starts."""
 
 
 def _refuse_scaled_logits(config: Any, policy: Path) -> None:

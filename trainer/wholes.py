@@ -47,9 +47,10 @@ def shape(parameter: Tensor) -> tuple[int, ...]:
 
 def master(parameter: Tensor) -> Tensor:
     """The whole weight: in float32 where it is learned, as the optimizer has it; as it is where it is frozen."""
-    found: Tensor | None = safe_get_full_fp32_param(parameter)
-    if found is not None:
-        return found
+    if not hasattr(parameter, "ds_id") or hasattr(parameter, "_z3_optimizer"):
+        found: Tensor | None = safe_get_full_fp32_param(parameter)
+        if found is not None:
+            return found
     if not hasattr(parameter, "ds_id"):
         return parameter.detach()
     with deepspeed.zero.GatheredParameters([parameter]):

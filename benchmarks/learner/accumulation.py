@@ -83,7 +83,7 @@ def main() -> None:
         folder = random_policy(Path(name), SHAPE, spread=0.02)
         for count in PASSES:
             errors = [error(folder, stage, half, count) for stage in (1, 2, 3) for half in (True, False)]
-            print(f"{count:8}" + "".join(f"{value:{18 - 8 * (n % 2)}.2%}" for n, value in enumerate(errors)))
+            print(f"{count:8}" + "".join(f"{value:{18 - 8 * (n % 2)}.1e}" for n, value in enumerate(errors)))
 
 
 if __name__ == "__main__":
