@@ -74,7 +74,7 @@ def refused(done: subprocess.CompletedProcess[str], folder: Path, code: int) -> 
     ("tree", "cards", "said"),
     [
         (QWEN | LONG | {"learning": {"ranks": 8}}, "4x80", "learning.ranks=8 want 8 cards, and 4 are in sight"),
-        (QWEN | LONG | {"learning": {"ranks": 1}}, "1x24", "a rank takes 83 GiB, and 90% of a card's 24 GiB"),
+        (QWEN | LONG | {"learning": {"ranks": 1}}, "1x24", "a rank takes 83.1 GiB, and 90% of a card's 24 GiB"),
         (QWEN | {"generation": LONG["generation"] | {"max_model_len": 300_000}}, "8x80", "policy knows 262,144"),
         (QWEN | {"generation": LONG["generation"] | {"tensor_parallel": 3}}, "8x80", "32 attention heads in gener"),
         (QWEN | LONG, "0", "learner's memory: 1 rank of the learner"),
