@@ -22,7 +22,7 @@ from pipeline.storage.places import local_path
 from pipeline.storage.working_copy import Copy, copy_of
 from trainer.kept import wanted
 from trainer.learner import learn
-from trainer.ranks import from_rank_0
+from trainer.ranks import from_rank_0, patient
 from trainer.work import Round
 
 SNAPSHOT = "snapshot"
@@ -98,7 +98,7 @@ def _refuse_apart(folder: Path, why: str) -> None:
     """DeepSpeed's state is written by all ranks, and read back by others: they must see one folder."""
     probe = from_rank_0(lambda: _probe(folder))
     seen: list[bool] = [False] * dist.get_world_size()
-    dist.all_gather_object(seen, (folder / probe).exists())
+    dist.all_gather_object(seen, (folder / probe).exists(), group=patient())
     if dist.get_rank() == 0:
         (folder / probe).unlink()
     if not all(seen):

@@ -29,6 +29,7 @@ from pipeline.storage import durable
 from trainer.dealing import deal
 from trainer.forward import Forward
 from trainer.prefetch import ahead
+from trainer.ranks import wait
 from trainer.view import Block, Example, Floats, Sizes
 
 RECORD = "reference.json"
@@ -77,7 +78,7 @@ def recompute(folder: Path, identity: dict[str, Any], blocks: Sequence[Block], f
     if rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    dist.barrier()
+    wait()
     progress = Progress("recompute", len(blocks), "row groups") if rank == 0 else None
     path = partial / _file(team.number)
     turns = range(team.number, math.ceil(len(blocks) / team.count) * team.count, team.count)
@@ -94,14 +95,14 @@ def recompute(folder: Path, identity: dict[str, Any], blocks: Sequence[Block], f
                 progress.add(min(team.count, len(blocks) - number), sum(map(len, computed)) * team.count)
     if team.leads:
         durable.sync_file(path)
-    dist.barrier()
+    wait()
     if rank == 0:
         record = {"ranks": team.count, "identity": identity}
         durable.write_durably(partial / RECORD, (json.dumps(record, indent=1) + "\n").encode())
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
         durable.sync_folder(folder.parent)
-    dist.barrier()
+    wait()
     if progress is not None:
         progress.close()
     return Stored(folder, team.count)

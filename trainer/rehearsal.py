@@ -138,6 +138,7 @@ def _rehearse(recipe: Recipe, policy: Path, folder: Path, out: Path) -> None:
     from pipeline.rollouts.locate import locate
     from pipeline.storage.durable import write_durably
     from trainer.learner import rehearse
+    from trainer.ranks import patient
     from trainer.work import Round
 
     started = time.monotonic()
@@ -148,7 +149,7 @@ def _rehearse(recipe: Recipe, policy: Path, folder: Path, out: Path) -> None:
     on_cards = torch.cuda.is_available()
     peak = torch.cuda.max_memory_reserved() if on_cards else _peak_of_the_process() - before
     peaks = [0] * dist.get_world_size()
-    dist.all_gather_object(peaks, peak)
+    dist.all_gather_object(peaks, peak, group=patient())
     dist.destroy_process_group()
     if int(os.environ["RANK"]) == 0:
         *_, last = (json.loads(line) for line in log.read_text(encoding="utf-8").splitlines())

@@ -24,7 +24,7 @@ from trainer import adapters, wholes
 from trainer.kept import MASTER, Keeping, Kept
 from trainer.kept import wanted as kept_by
 from trainer.policy import save_settings
-from trainer.ranks import from_rank_0
+from trainer.ranks import from_rank_0, patient
 from trainer.work import Round
 
 Made = TypeVar("Made")
@@ -95,7 +95,7 @@ def publish(engine: Any, work: Round, parent: Snapshot, began_with: Kept | None,
 
 def _refuse_not_finite(engine: Any) -> None:
     found: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, wholes.not_finite(engine.module.model))
+    dist.all_gather_object(found, wholes.not_finite(engine.module.model), group=patient())
     name = next(filter(None, found), None)
     if name is not None:
         raise WorkError(f"learning made {name} non-finite; nothing was published. Lower learning.learning_rate")
