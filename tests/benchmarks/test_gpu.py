@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -13,11 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import device, head, policies, tables, training, wheels
+from benchmarks.gpu import device, policies, tables, training, wheels
 from benchmarks.gpu.__main__ import SECTIONS, main
-from benchmarks.gpu.parity import leaking
 from benchmarks.gpu.report import Section
-from trainer.attention import KERNELS
 
 
 @pytest.fixture(autouse=True)
@@ -34,13 +35,38 @@ def run(out: Path, *words: str) -> tuple[int, dict[str, Any]]:
     return code, json.loads(out.read_text(encoding="utf-8"))
 
 
+def run_apart(out: Path, *words: str, planted: str = "") -> tuple[int, dict[str, Any]]:
+    """All sections in one process, which becomes a rank and so must not be that of the tests; `planted` comes first."""
+    told = ["run", "--small", "--one-process", "--out", str(out), *words]
+    script = f"{planted}\nimport sys\nfrom benchmarks.gpu.__main__ import main\nsys.exit(main({told!r}))"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert out.exists(), done.stderr
+    return done.returncode, json.loads(out.read_text(encoding="utf-8"))
+
+
+PLANTED = """
+from benchmarks.gpu import head
+from benchmarks.gpu.parity import leaking
+from trainer.attention import KERNELS
+
+def broken(*_):
+    raise RuntimeError("first line\\nno kernel image is available")
+
+head.WAYS["ours"] = broken
+with leaking("eager"):
+    leaky = KERNELS["eager"]
+KERNELS["eager"] = leaky
+"""
+
+
 def rows(result: dict[str, Any], section: str) -> dict[str, dict[str, Any]]:
     return {row["what"]: row for row in result["sections"][section]["figures"]}
 
 
 def test_each_section_measures_the_learners_own_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = [name for name in SECTIONS if name != "start"]
-    code, result = run(tmp_path / "gpu.json", "--one-process", "--sections", ",".join(names))
+    code, result = run_apart(tmp_path / "gpu.json", "--sections", ",".join(names))
     sections = result["sections"]
     assert list(sections) == names
     assert not [error for section in sections.values() for error in section["errors"]]
@@ -79,17 +105,8 @@ def test_the_learner_starts_in_a_process_of_its_own_that_finds_no_compiler(tmp_p
     assert result["machine"]["small"] is True
 
 
-def test_a_leak_and_a_failure_are_found_and_the_rest_is_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(*_: Any) -> None:
-        raise RuntimeError("first line\nno kernel image is available")
-
-    monkeypatch.setitem(head.WAYS, "ours", broken)
-    with leaking("eager"):
-        leaky = KERNELS["eager"]
-    monkeypatch.setitem(KERNELS, "eager", leaky)
-    code, result = run(tmp_path / "gpu.json", "--one-process", "--sections", "parity,head,optimizer")
+def test_a_leak_and_a_failure_are_found_and_the_rest_is_measured(tmp_path: Path) -> None:
+    code, result = run_apart(tmp_path / "gpu.json", "--sections", "parity,head,optimizer", planted=PLANTED)
     assert code == 1 and result["ok"] is False
     missed = {bound["what"] for bound in result["sections"]["parity"]["bounds"] if not bound["ok"]}
     assert missed == {
