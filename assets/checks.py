@@ -15,6 +15,7 @@ import dagster as dg
 
 from assets.rounds import asset_key
 from pipeline.evaluation.pass_at_k import Evaluation
+from pipeline.policies.weights import MOST_ROUNDED, compare
 from pipeline.recipe import Learning
 from pipeline.rollouts.locate import Located
 from pipeline.rollouts.statistics import Statistics
@@ -28,8 +29,6 @@ LEAST_ENTROPY = 0.02
 MOST_LAG = 400
 """Optimizer steps between the policy that generated and the one that learns, up to which OAPL is reported stable
 (arXiv 2602.19362)."""
-MOST_ROUNDED = 0.1
-"""Share of a round's update that the snapshot's dtype may round away before a person should know."""
 ROUNDED_KEPT = "the next round goes on from the float32 weights, but what generates has not seen it"
 
 CHECKS: dict[str, dict[str, tuple[bool, str]]] = {
@@ -133,8 +132,6 @@ def _reward_problems(folder: Path) -> Iterator[str]:
 def of_policy(
     folder: Path, parent: Path, summary: dict[str, Any], last: dict[str, Any], learning: Learning
 ) -> list[dg.AssetCheckResult]:
-    from pipeline.policies.weights import compare
-
     gap, residual = summary["logprob_gap"], summary.get("residual_gap")
     bound, of_residual = learning.max_logprob_gap, learning.max_residual_gap
     # Written so that NaN fails, too.

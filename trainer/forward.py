@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pipeline.policies import snapshots
+from pipeline.policies.snapshots import Snapshot
 from trainer import arithmetic, attention, kept, sequence
 from trainer import engine as engines
 from trainer.dealing import deal
@@ -59,15 +59,15 @@ class Forward:
         self.pad = load_tokenizer(work.policy).pad_token_id or 0
         self._work = work
 
-    def start(self, policy: Path) -> None:
-        """Takes up a policy, and lets go of the one before: two at once would not fit where one hardly does."""
+    def start(self, policy: Path, snapshot: Snapshot) -> None:
+        """Takes up a policy, whose record is `snapshot`; lets go of the last: two might not fit where one does."""
         if hasattr(self, "engine"):
             self.engine.destroy()
             del self.engine
             gc.collect()
         recipe = self._work.recipe
         sampled_at = temperature(self.view, recipe.generation.temperature)
-        self.kept = kept.find(self._work.out, policy, snapshots.load_record(policy), self.settings)
+        self.kept = kept.find(self._work.out, policy, snapshot, self.settings)
         self.engine = engines.start(recipe, policy, sampled_at, self.team, self.kept)
         self.arithmetic = arithmetic.of_model(self.engine.module.model)
 

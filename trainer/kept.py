@@ -57,7 +57,7 @@ def find(out: Path, policy: Path, snapshot: Snapshot, settings: Learning) -> Kep
     folder = out / MOMENTS / snapshot.snapshot_id
     if not wanted(settings) or not (folder / KEPT_RECORD).exists():
         return None
-    record = json.loads((folder / KEPT_RECORD).read_bytes())
+    record = snapshots.kept_record(folder)
     if record["adapters"] != _adapters(settings):
         return None
     base = None
@@ -70,6 +70,11 @@ def find(out: Path, policy: Path, snapshot: Snapshot, settings: Learning) -> Kep
 
 def _adapters(settings: Learning) -> dict[str, int] | None:
     return {"rank": settings.lora_rank, "alpha": settings.lora_alpha} if settings.lora_rank else None
+
+
+def based_on(policy: Path, snapshot: Snapshot) -> dict[str, str]:
+    """How a record names the policy whose weights adapters belong to."""
+    return {"snapshot_id": snapshot.snapshot_id, "sha256": snapshot.sha256, "folder": str(policy.absolute())}
 
 
 def _base(told: dict[str, str], folders: tuple[Path, ...]) -> Path | None:
@@ -125,20 +130,13 @@ class Keeping:
         if key in self._writers:
             self._writers[key].write(name, wholes.as_bytes(value.float().cpu()))
 
-    def finish(self, snapshot_id: str, parent: str, optimizer_steps: int, base: Path | None) -> None:
+    def finish(self, snapshot_id: str, parent: str, optimizer_steps: int, base: dict[str, str] | None) -> None:
         """Lets it be found, and deletes what older snapshots than the parent have."""
         if not self._writers:
             return
         for writer in self._writers.values():
             writer.close()
-        record: dict[str, Any] = {
-            "adapters": _adapters(self._settings),
-            "optimizer_steps": optimizer_steps,
-            "base": None,
-        }
-        if base is not None:
-            of = snapshots.load_record(base)
-            record["base"] = {"snapshot_id": of.snapshot_id, "sha256": of.sha256, "folder": str(base.absolute())}
+        record = {"adapters": _adapters(self._settings), "optimizer_steps": optimizer_steps, "base": base}
         (self._partial / KEPT_RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         snapshots.put_kept(self._partial, self._out, snapshot_id, parent)
 

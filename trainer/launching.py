@@ -62,9 +62,24 @@ def tell(error: OaplError) -> None:
 
 
 def _be_a_rank(work: Callable[[], None], cure: Callable[[], str]) -> None:
+    _follow_the_agent()
+    become_a_rank()
+    from pipeline.ending import leave
+
+    try:
+        work()
+    except (RuntimeError, MemoryError) as error:
+        told = None if isinstance(error, OaplError) else _short_of_memory(error, cure) or _lost(error)
+        if told is None:
+            raise
+        raise told from None
+    leave()
+
+
+def become_a_rank() -> None:
+    """What comes before a process joins the others: the only rank where nobody said which one it is."""
     import logging
 
-    _follow_the_agent()
     import torch
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -86,16 +101,6 @@ def _be_a_rank(work: Callable[[], None], cure: Callable[[], str]) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    from pipeline.ending import leave
-
-    try:
-        work()
-    except (RuntimeError, MemoryError) as error:
-        told = None if isinstance(error, OaplError) else _short_of_memory(error, cure) or _lost(error)
-        if told is None:
-            raise
-        raise told from None
-    leave()
 
 
 def backend() -> str:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from pipeline.errors import RequestError, WorkError
 from pipeline.policies import snapshots
+from pipeline.policies.weights import MOST_ROUNDED
 from pipeline.progress import Progress
 from trainer import agreement, batches, checkpoints, dealing, insight, kept, trial, writing
 from trainer.forward import Forward, Step
@@ -83,7 +84,7 @@ class _Learner:
         """The snapshot that engine and trainer are compared on, and that is recomputed."""
         self.settings = work.recipe.learning
         self.forward = Forward(work, view)
-        self.forward.start(work.behaviour or work.policy)
+        self.forward.start(work.behaviour or work.policy, self.behaviour)
         self.loss_settings = Settings(**{name: getattr(self.settings, name) for name in Settings.__slots__})
         self.names = (*SUMS, *EXTRA[self.settings.loss])
         self.ranks = dist.get_world_size()
@@ -124,7 +125,7 @@ class _Learner:
         lagging = self.behaviour.sha256 != self.parent.sha256
         if lagging:
             self._compare()
-            self.forward.start(self.work.policy)
+            self.forward.start(self.work.policy, self.parent)
         state = checkpoints.load(self.engine, self.work.checkpoints, self._identity(), self.settings)
         if state is not None:
             self.steps, self.tokens, self.facts = state["steps"], state["tokens"], state["facts"]
@@ -250,7 +251,7 @@ class _Learner:
         step = self.parent.step + self.steps
         chosen, survival = writing.publish(self.engine, self.work, self.parent, self.forward.kept, step)
         self.facts["update_norm"], self.facts["rounded_away"] = survival.update**0.5, survival.share_lost
-        if survival.share_lost > WORTH_TELLING and dist.get_rank() == 0:
+        if survival.share_lost > MOST_ROUNDED and dist.get_rank() == 0:
             sys.stderr.write(
                 f"{chosen}: {survival.share_lost:.0%} of what was learned is below {self.settings.dtype}'s resolution "
                 "and not in the snapshot; float32 weights are kept beside it, and a round in this folder goes on from "
@@ -258,9 +259,6 @@ class _Learner:
             )
         return snapshots.load_record(self.work.out / chosen)
 
-
-WORTH_TELLING = 0.1
-"""Share of an update that publishing may round away in silence."""
 
 APART = {"checkpoint_every", "tensorboard", "launcher", "hosts"}
 """Settings that no weight hangs on."""

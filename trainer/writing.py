@@ -21,7 +21,7 @@ from pipeline.policies.snapshots import Snapshot
 from pipeline.policies.tensors import Planned, Stored, Writer, stored
 from pipeline.storage.durable import told_in_one_line
 from trainer import adapters, wholes
-from trainer.kept import MASTER, Keeping, Kept
+from trainer.kept import MASTER, Keeping, Kept, based_on
 from trainer.kept import wanted as kept_by
 from trainer.policy import save_settings
 from trainer.ranks import from_rank_0, patient
@@ -89,7 +89,7 @@ def publish(engine: Any, work: Round, parent: Snapshot, began_with: Kept | None,
 
     snapshot_id = _at_rank_0(weights, write, work.out)
     states = _states(engine, work)
-    _at_rank_0(states, lambda: _keep(states, engine, work, began_with, snapshot_id), work.out)
+    _at_rank_0(states, lambda: _keep(states, engine, work, parent, began_with, snapshot_id), work.out)
     return snapshot_id, from_rank_0(lambda: survival)
 
 
@@ -223,6 +223,7 @@ def _keep(
     states: Iterator[tuple[str, str, Tensor] | None],
     engine: Any,
     work: Round,
+    parent: Snapshot,
     began_with: Kept | None,
     snapshot_id: str,
 ) -> None:
@@ -234,8 +235,7 @@ def _keep(
             keeping.write(*state)
         base = None
         if work.recipe.learning.lora_rank:
-            base = began_with.base if began_with is not None and began_with.base is not None else work.policy
-        parent = snapshots.load_record(work.policy).snapshot_id
-        keeping.finish(snapshot_id, parent, wholes.steps_taken(engine), base)
+            base = began_with.record["base"] if began_with is not None else based_on(work.policy, parent)
+        keeping.finish(snapshot_id, parent.snapshot_id, wholes.steps_taken(engine), base)
     finally:
         keeping.give_up()

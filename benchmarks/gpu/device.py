@@ -12,20 +12,8 @@ from typing import Any
 
 import torch
 
-PEAKS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989.4e12,
-    "H200": 989.4e12,
-    "GH200": 989.4e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10": 125e12,
-}
-"""Dense bfloat16 operations a second by a part of the card's name, the first that fits. Source: NVIDIA's data sheets,
-without sparsity."""
+from trainer.peaks import of_card
+
 PACKAGES = ("torch", "transformers", "deepspeed", "triton", "flash-attn", "numpy", "pyarrow", "pydantic", "safetensors")
 
 
@@ -34,8 +22,9 @@ def device() -> torch.device:
 
 
 def peak_rate(name: str) -> float | None:
-    """bfloat16 operations a second; null for a card that the table does not know."""
-    return next((rate for part, rate in PEAKS.items() if part in name), None)
+    """Dense bfloat16 operations a second, as the learner knows them; null for a card without a data sheet."""
+    found = of_card(name, "bfloat16")
+    return None if found is None else found.flops
 
 
 def describe(small: bool) -> dict[str, Any]:

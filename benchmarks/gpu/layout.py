@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu import device as machine
-from benchmarks.gpu.policies import MIXES, Scale, examples_of, pairs_of, refusal, usual_kernel
+from benchmarks.gpu.policies import MIXES, Scale, amount_of, examples_of, refusal, usual_kernel
 from benchmarks.gpu.report import Section
 from trainer.attention import KERNELS
 from trainer.blocks import mask_of
@@ -72,7 +72,7 @@ def _case(section: Section, scale: Scale, what: str, kernel: str, examples: list
         with torch.no_grad():
             ahead = machine.median(forward, scale.repeat)
         whole, memory = machine.median(both, scale.repeat), machine.peak_above(both)
-        work = 12 * shape.query * pairs_of(examples)
+        work = 12 * shape.query * amount_of(examples).pairs
         section.add(
             what,
             lay_out_ms=1e3 * host, to_device_ms=1e3 * moved, mask_ms=built.get("ms"), mask_gib=built.get("gib"),

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import socket
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,10 +17,12 @@ from pipeline.errors import RequestError
 from pipeline.policies.shapes import KNOWN, Shape
 from pipeline.recipe import Learning, Recipe, load_recipe
 from trainer import engine as engines
+from trainer import launching
 from trainer.attention import chosen, register
+from trainer.dealing import Amount, amount
 from trainer.losses import LOSSES, Batch, Settings
 from trainer.passes import Pass, collate
-from trainer.view import Example
+from trainer.view import Example, Sizes
 from trainer.work import refuse_missing_packages
 
 RECIPE = "qwen3-4b-math"
@@ -134,22 +133,12 @@ def engine_of(shape: Shape, settings: Recipe) -> Iterator[Any]:
 
 def be_the_only_rank() -> None:
     """What `python -m trainer` does before it learns on one card."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
     import torch.distributed as dist
-    from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
-    if dist.is_initialized():
-        return
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
-    os.environ |= {
-        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-    }  # fmt: skip
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # see trainer.__main__
-    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    if not dist.is_initialized():
+        launching.become_a_rank()
+        deepspeed.init_distributed(launching.backend(), verbose=False)
 
 
 MIXES = ("one sequence", "group of 8")
@@ -173,11 +162,15 @@ def example(prompt: np.ndarray[Any, Any], length: int, vocabulary: int, rng: np.
     return Example(prompt, tokens, behaviour, behaviour, reward - 0.5, reward)
 
 
-def pairs_of(examples: Sequence[Example]) -> int:
-    """Queries and keys that meet in a layer: causal, a shared prompt once. For neighbours of one group."""
-    prompt = len(examples[0].prompt_tokens)
-    inputs = [len(one.completion_tokens) - 1 for one in examples]
-    return prompt * (prompt + 1) // 2 + sum(n * (n + 1) // 2 + n * prompt for n in inputs)
+def amount_of(examples: Sequence[Example]) -> Amount:
+    """What a packed pass over neighbours of one group is, counted as the learner counts it."""
+    prompt, completion = ([len(tokens) for tokens in part] for part in zip(*map(_tokens, examples), strict=True))
+    sizes = Sizes(np.array(prompt), np.array(completion), np.zeros(len(examples), np.int64), packed=True)
+    return amount([range(len(examples))], sizes)
+
+
+def _tokens(one: Example) -> tuple[Any, Any]:
+    return one.prompt_tokens, one.completion_tokens
 
 
 def laid_out(examples: Sequence[Example], attention: str | None) -> Pass:

@@ -15,11 +15,11 @@ from benchmarks.gpu import device as machine
 from benchmarks.gpu.policies import (
     MIXES,
     Scale,
+    amount_of,
     engine_of,
     examples_of,
     laid_out,
     learn,
-    pairs_of,
     recipe,
     scored,
     usual_kernel,
@@ -28,6 +28,7 @@ from benchmarks.gpu.report import Section, release
 from pipeline.planning.memory import learner_memory
 from pipeline.policies.shapes import Shape
 from pipeline.recipe import Recipe
+from trainer.arithmetic import of_model
 from trainer.attention import register
 from trainer.passes import Pass
 from trainer.view import Example
@@ -111,7 +112,7 @@ class _Passes:
         planned = learner_memory(settings, self.shape, 0)
         # Of a plan, all but what an optimizer holds and needs.
         expected = replace(planned, optimizer=0.0, bucket=0.0, step=0.0, gathered=0.0).total(True)
-        mfu = self._tell(what, self.shape, examples, taken, seconds, expected, first_s=first)
+        mfu = self._tell(what, module.model, examples, taken, seconds, expected, first_s=first)
         if kernel == self.kernel and tokens == self.tokens[0]:
             if mfu is not None and self.utilisation[mix].ok is not None:
                 self.utilisation[mix].meet(mfu)
@@ -148,21 +149,30 @@ class _Passes:
             steps.append(machine.timed(engine.step))
         expected = learner_memory(settings, shape, settings.learning.zero_stage).total(True)
         seconds = statistics.median(passes)
-        self._tell(what, shape, examples, taken, seconds, expected, first_s=first, step_s=statistics.median(steps))
+        self._tell(
+            what,
+            engine.module.model,
+            examples,
+            taken,
+            seconds,
+            expected,
+            first_s=first,
+            step_s=statistics.median(steps),
+        )
         if tokens == self.tokens[0] and mix == MIXES[0]:
             self._hold_to_plan("engine", expected)
 
     def _tell(
         self,
         what: str,
-        shape: Shape,
+        model: Any,
         examples: list[Example],
         taken: Pass,
         seconds: float,
         expected: float,
         **more: float,
     ) -> float | None:
-        rate = flops(shape, examples, taken) / seconds
+        rate = flops(model, examples) / seconds
         mfu = rate / self.best if self.best else None
         peak = machine.peak()
         self.section.add(
@@ -181,14 +191,7 @@ class _Passes:
         bound.meet(max(off, bound.value or 0.0))
 
 
-def flops(shape: Shape, examples: list[Example], taken: Pass) -> float:
-    """Arithmetic of a pass forward and backward, what is computed twice (checkpointing) counted once.
-
-    Six operations a weight and position (the output matrix: a scored token), and twelve a query, key and head size
-    in each layer: `6 (body x positions + head x scored) + 12 layers x heads x size x pairs`, the pairs being causal
-    and, for a shared prompt, counted once. Norms, rotations and softmax are left out. Source: Kaplan et al. 2020
-    (arXiv 2001.08361), with the backward pass as twice the forward.
-    """
-    body = shape.layers * (2 * shape.hidden * (shape.query + shape.key) + 3 * shape.hidden * shape.mlp)
-    weights = body * taken.ids.numel() + shape.embedding * taken.targets.numel()
-    return 6.0 * weights + 12.0 * shape.layers * shape.query * pairs_of(examples)
+def flops(model: Any, examples: list[Example]) -> float:
+    """Arithmetic of a packed pass forward and backward, as the learner counts it for its MFU."""
+    made = amount_of(examples)
+    return of_model(model).of(made.positions, made.targets, made.pairs)

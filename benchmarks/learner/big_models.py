@@ -47,7 +47,6 @@ def rank(way: str, policy: Path, out: Path) -> dict[str, float]:
 
     settings = Learning(dtype="bfloat16", zero_stage=3, keep_optimizer=False)
     config = engines.deepspeed_config(settings)
-    deepspeed.init_distributed("gloo", verbose=False)
 
     def load(shared: bool) -> Any:
         if shared:

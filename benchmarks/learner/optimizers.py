@@ -11,9 +11,8 @@ import time
 
 import torch
 
+from benchmarks.gpu.optimizer import WAYS
 from benchmarks.learner.parts import machine
-
-KINDS = {"for-loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
 
 
 def weights_a_second(options: dict[str, bool], weights: int, steps: int = 5) -> float:
@@ -32,9 +31,9 @@ def weights_a_second(options: dict[str, bool], weights: int, steps: int = 5) -> 
 def main() -> None:
     torch.set_num_threads(1)
     print(machine())
-    found = {kind: weights_a_second(options, 20_000_000) for kind, options in KINDS.items()}
+    found = {kind: weights_a_second(options, 20_000_000) for kind, options in WAYS.items()}
     for kind, rate in found.items():
-        print(f"{kind:10} {rate / 1e6:8,.0f} million weights a second, {rate / found['for-loop']:6.1f} x")
+        print(f"{kind:10} {rate / 1e6:8,.0f} million weights a second, {rate / found['for loop']:6.1f} x")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -20,6 +19,8 @@ from pipeline.policies import snapshots
 from pipeline.recipe import ColdStart
 from pipeline.rollouts.schema import VERDICTS, Rollout, rollout_id
 from pipeline.rollouts.store import Provenance, RolloutWriter
+from trainer import launching
+from trainer.nodes import free_port
 from trainer.policy import make_model, make_tokenizer
 
 
@@ -74,10 +75,7 @@ def random_rollouts(folder: Path, policy: Path, lengths: Sequence[int], samples:
 
 def on_ranks(count: int, module: str, *words: object) -> list[dict[str, Any]]:
     """What `python -m module words...` prints as its last line, JSON, on each of `count` ranks."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    common = os.environ | {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common = os.environ | {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     common["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // count))
     ranks = [
         subprocess.Popen(
@@ -100,20 +98,10 @@ def on_ranks(count: int, module: str, *words: object) -> list[dict[str, Any]]:
 
 def join_ranks() -> None:
     """Joins the ranks that `on_ranks` started, or makes this process the only one."""
-    import logging
-
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
-    from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if "RANK" not in os.environ:
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1])}
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    deepspeed.init_distributed("gloo", verbose=False)
+    launching.become_a_rank()
+    deepspeed.init_distributed(launching.backend(), verbose=False)
 
 
 def machine() -> str:

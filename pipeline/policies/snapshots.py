@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -132,9 +133,20 @@ def put_kept(partial: Path, folder: Path, snapshot_id: str, parent: str) -> None
 
 def kept_base(folder: Path) -> str | None:
     """The snapshot whose weights the adapters that are kept in `folder` belong to; null where there are none."""
-    record = folder / KEPT_RECORD
-    base = json.loads(record.read_bytes())["base"] if record.exists() else None
+    base = kept_record(folder)["base"] if (folder / KEPT_RECORD).exists() else None
     return None if base is None else str(base["snapshot_id"])
+
+
+def kept_record(folder: Path) -> dict[str, Any]:
+    """The record of what is kept in `folder`. Raises RequestError where it can't be read."""
+    path = folder / KEPT_RECORD
+    try:
+        record = json.loads(path.read_bytes())
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or not {"adapters", "optimizer_steps", "base"} <= record.keys():
+        raise RequestError(f"{path}: not a record of what was kept; delete its folder to begin from the snapshot alone")
+    return record
 
 
 def load_record(folder: Path) -> Snapshot:

@@ -12,6 +12,8 @@ from pipeline.policies.tensors import stored
 _EXPONENT = {"F32": (np.uint32, 0x7F800000), "F16": (np.uint16, 0x7C00), "BF16": (np.uint16, 0x7F80)}
 """For each float format, how to view it and the bits that are all set in infinities and NaNs only."""
 _BLOCK = 1 << 22
+MOST_ROUNDED = 0.1
+"""Share of a round's update that a snapshot's dtype may round away before a person should know."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import resource
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,13 @@ import torch
 from learning_parts import Learned, Made, learn_in_processes, trainer_command, trainer_environment
 from safetensors.torch import load_file
 
+from pipeline.errors import RequestError
+from pipeline.policies.snapshots import kept_record
 from pipeline.recipe import Recipe
 from pipeline.rollouts.locate import locate
+from trainer import engine as engines
+from trainer.kept import Kept, take_up
+from trainer.sequence import ALONE
 from trainer.work import Round
 from trainer.writing import Survival
 
@@ -27,6 +34,12 @@ BRIEF: dict[str, Any] = {"epochs": 1, "max_logprob_gap": 9.0}
 
 def kept(learned: Learned, key: str) -> dict[str, torch.Tensor]:
     return load_file(learned.out / ".optimizer" / learned.summary["snapshot_id"] / f"{key}.safetensors")
+
+
+def copied(out: Path) -> Path:
+    """A folder of snapshots as it is now, for a round that must not change it."""
+    place = Path(tempfile.mkdtemp(dir=out.parent))
+    return Path(shutil.copytree(out, place, dirs_exist_ok=True))
 
 
 def learnable(dataset: Made) -> int:
@@ -170,3 +183,40 @@ def test_weights_that_transformers_renames_or_fuses_are_published_as_they_came(
     assert sum("experts" in name for name in before) > 10
     assert not torch.equal(learned.weights()["model.layers.0.mlp.experts.0.gate_proj.weight"],
                            before["model.layers.0.mlp.experts.0.gate_proj.weight"])  # fmt: skip
+
+
+def test_moments_of_an_earlier_version_are_taken_up_or_start_anew(
+    learn_here: Learn,
+    recipe: Recipes,
+    dataset: Made,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They lie there as DeepSpeed's checkpoint, with a note of how the ranks shared them."""
+    size = {"batch_size": learnable(dataset), **BRIEF}
+    first = learn_here(dataset.place, recipe(**size))
+    with_moments = learn_here(dataset.place, recipe(**size), parent=first.snapshot, out=first.out, number=1)
+    folder = first.out / ".optimizer" / first.summary["snapshot_id"]
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    engine = engines.start(recipe(**size), first.snapshot, dataset.temperature, ALONE)
+    take_up(engine, Kept(folder, kept_record(folder), None), recipe(**size).learning)
+    shutil.rmtree(folder)
+    engines.save_state(engine, folder.parent, folder.name, recipe(**size).learning)
+    engine.destroy()
+    note = {"ranks": 1, "zero_stage": 0, "dtype": "float32"}
+    for ranks in (1, 2):
+        (folder / "sharing.json").write_text(json.dumps(note | {"ranks": ranks}), encoding="utf-8")
+        again = learn_here(dataset.place, recipe(**size), parent=first.snapshot, out=copied(first.out), number=1)
+        gone_on = apart(again.weights(), with_moments.weights())
+        told = "moments of an earlier version" in capfd.readouterr().err
+        assert (gone_on < 1e-5, told) == ((True, False) if ranks == 1 else (False, True))
+
+
+def test_a_record_that_can_not_be_read_is_one_line(learn_here: Learn, recipe: Recipes, dataset: Made) -> None:
+    first = learn_here(dataset.place, recipe(**BRIEF))
+    record = first.out / ".optimizer" / first.summary["snapshot_id"] / "kept.json"
+    record.write_text("{", encoding="utf-8")
+    before = {path: path.read_bytes() for path in first.out.rglob("*") if path.is_file()}
+    with pytest.raises(RequestError, match=r"kept\.json: not a record .* delete its folder"):
+        learn_here(dataset.place, recipe(**BRIEF), parent=first.snapshot, out=first.out, number=1)
+    assert {path: path.read_bytes() for path in first.out.rglob("*") if path.is_file()} == before
